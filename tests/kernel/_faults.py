@@ -117,7 +117,7 @@ def wait_for_pending(uffd: Userfaultfd, count: int) -> None:
 
 
 def fork() -> int:
-    """Fork without Python 3.12's warning about threads: a watchdog's C thread is harmless."""
+    """Fork without Python 3.12's warning about threads, which do no harm here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         return os.fork()

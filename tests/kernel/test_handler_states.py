@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import get_args
 
 import pytest
 
@@ -16,7 +16,6 @@ from pyuffd import (
     BufferSource,
     Feature,
     Handler,
-    PageState,
     Region,
     RegisterMode,
     Userfaultfd,
@@ -27,14 +26,19 @@ from pyuffd.testing import needs
 from tests._child import run_child
 from tests._memory import memory_of, memory_params
 from tests.kernel._serving import content, run_threads, states
+from tests.kernel._verbs import (
+    ABSENT,
+    CLEAN,
+    DIRTY,
+    MISSING,
+    REMOVED,
+    SAVED,
+    TRACKING,
+    WP,
+    Driver,
+)
 from tests.process._pitfalls import LAYOUT
 
-MISSING, MINOR, WP = RegisterMode.MISSING, RegisterMode.MINOR, RegisterMode.WP
-TRACKING = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_UNPOPULATED
-ABSENT, CLEAN, DIRTY = PageState.ABSENT, PageState.CLEAN, PageState.DIRTY
-REMOVED, SAVED = PageState.REMOVED, PageState.SAVED
-
-Driver = Literal["native", "inline", "thread", "process"]
 DRIVERS: tuple[Driver, ...] = get_args(Driver)
 WRITE_S = 1.0
 

@@ -13,7 +13,6 @@ import textwrap
 import threading
 import time
 import types
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,7 +62,7 @@ from pyuffd.testing._needs import needs_kernel_faults
 from tests._child import ROOT, run_child
 from tests._memory import memory_of, memory_params
 from tests._tasks import of_threads
-from tests.kernel._faults import Task, registered
+from tests.kernel._faults import Task, fork, registered
 from tests.kernel._serving import wait_for_stalled, wait_until
 
 if TYPE_CHECKING:
@@ -353,13 +352,6 @@ def leak_thread() -> Callable[[], None]:
         thread.join()
 
     return undo
-
-
-def fork() -> int:
-    with warnings.catch_warnings():
-        # Test runners have threads, and the forks here do almost nothing.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return os.fork()
 
 
 def leak_process() -> Callable[[], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests._memory import PAGE
 
@@ -23,6 +25,22 @@ def compiled(folder: Path) -> str:
     source = Path(__file__).parent / "counters.c"
     subprocess.run(["cc", "-O2", "-pthread", "-o", program, source], check=True)
     return str(program)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The compiled program, for modules that import this."""
+    return compiled(tmp_path_factory.mktemp("counters"))
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[int]:
+    """A descriptor of a file that did not exist."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 class Counters:

@@ -19,25 +19,12 @@ from pyuffd.testing import needs_privilege
 from pyuffd.testing._run import SCALE
 from tests._memory import PAGE
 from tests.process._attach import status
-from tests.process._counters import compiled, counters
+from tests.process._counters import counters, new_file
+from tests.process._counters import program as program
+from tests.process._tracking import METHODS
 
 pytestmark = needs_privilege("CAP_SYS_PTRACE")
-METHODS: list[Used] = ["stopped", "precopy", "cow"]
 LIMIT_S = 0.2 * SCALE
-
-
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return compiled(tmp_path_factory.mktemp("counters"))
-
-
-@contextmanager
-def image(path: Path) -> Iterator[int]:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 class OwnMemory:
@@ -77,7 +64,7 @@ def test_memory_of_one_instant(method: Used, how: str, program: str, tmp_path: P
     with (
         counters(program, 3, 300, how) as target,
         Process(target.pid) as process,
-        image(tmp_path / "pages") as fd,
+        new_file(tmp_path / "pages") as fd,
     ):
         options = Options(in_stop=in_stop, max_stall_s=LIMIT_S)
         found = capture(process, OwnMemory(), fd, method=method, options=options)
@@ -151,7 +138,7 @@ def test_states_of_pages(tmp_path: Path) -> None:
     with (
         python(STATES) as (pid, (area, private, shared)),
         Process(pid) as process,
-        image(tmp_path / "pages") as fd,
+        new_file(tmp_path / "pages") as fd,
     ):
         hidden = area + 2 * PAGE
         mappings = process.mappings()

@@ -12,18 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from pyuffd import DirtyTracker, Feature, Process, Snapshot, write_core
-from pyuffd.snapshot._capture import Used
-from pyuffd.testing import needs, needs_privilege
+from pyuffd import DirtyTracker, Process, Snapshot, write_core
 from pyuffd.testing._run import SCALE
 from tests._memory import PAGE
 from tests.process._core import Core
+from tests.process._tracking import METHODS, OF_OTHERS
 
-pytestmark = [
-    needs(Feature.WP_ASYNC | Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM),
-    needs_privilege("CAP_SYS_PTRACE", "CAP_SYS_ADMIN"),
-]
-METHODS: list[Used] = ["stopped", "precopy", "cow"]
+pytestmark = OF_OTHERS
 BYTES = 1 << 20
 CONTENT = b"\7" * BYTES
 

@@ -17,15 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from pyuffd import DirtyTracker, Feature, Process, RunState, Snapshot, write_core
-from pyuffd.testing import needs, needs_privilege
+from pyuffd import DirtyTracker, Process, RunState, Snapshot, write_core
 from pyuffd.testing._run import SCALE
 from tests._child import run_child
+from tests.process._tracking import OF_OTHERS
 
-pytestmark = [
-    needs(Feature.WP_ASYNC | Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM),
-    needs_privilege("CAP_SYS_PTRACE", "CAP_SYS_ADMIN"),
-]
+pytestmark = OF_OTHERS
 MOST = 64
 # Memory whose content is found only by opening something: pages of a memfd that the process has
 # not touched, a deleted file, pages that only /proc/PID/mem can read.

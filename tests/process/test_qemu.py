@@ -18,22 +18,22 @@ from typing import Literal
 import pytest
 
 from examples.qemu._guest import PROGRAM, Guest
-from pyuffd import BlindReason, DirtyTracker, Feature, Process, RunState, Snapshot
+from pyuffd import BlindReason, DirtyTracker, Process, RunState, Snapshot
 from pyuffd.remote import Mapping
 from pyuffd.snapshot import _capture
 from pyuffd.snapshot._capture import Used
-from pyuffd.testing import needs, needs_hugepages, needs_privilege
+from pyuffd.testing import needs_hugepages
 from pyuffd.testing._need import Need
 from pyuffd.testing._needs import marked
 from pyuffd.testing._run import SCALE
 from tests._memory import PAGE
 from tests.process._attach import status, wait_until
+from tests.process._tracking import METHODS, OF_OTHERS
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "qemu"
 HUGE_PAGES = 16  # all of a guest's memory
 FIRST, GROUPS = 2 << 20, 16  # as in guest.s
 BEHIND = 128 << 10  # the firmware's tables, behind the memory that it tells the guest of
-METHODS: list[Used] = ["stopped", "precopy", "cow"]
 
 
 def needs_qemu() -> pytest.MarkDecorator:
@@ -47,8 +47,7 @@ def needs_qemu() -> pytest.MarkDecorator:
 
 
 pytestmark = [
-    needs(Feature.WP_ASYNC | Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM),
-    needs_privilege("CAP_SYS_PTRACE", "CAP_SYS_ADMIN"),
+    *OF_OTHERS,
     needs_qemu(),
 ]
 

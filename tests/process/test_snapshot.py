@@ -39,28 +39,21 @@ from pyuffd.cli._expected import limited_pause, shared_memory
 from pyuffd.snapshot import _capture, _format, _own_pages, _precopy, _private_files, _sums
 from pyuffd.snapshot._capture import Method, Used
 from pyuffd.snapshot._files import NewDirectory
-from pyuffd.testing import needs, needs_privilege, needs_swap, swap_out
+from pyuffd.testing import needs_swap, swap_out
 from pyuffd.testing._run import SCALE
 from tests._child import run_child
 from tests._memory import PAGE
 from tests.kernel.test_userfaultfd_open import drop_capability
 from tests.process._attach import status
-from tests.process._counters import Counters, compiled, counters
+from tests.process._counters import Counters, counters
+from tests.process._counters import program as program
+from tests.process._tracking import METHODS, OF_OTHERS
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-pytestmark = [
-    needs(Feature.WP_ASYNC | Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM),
-    needs_privilege("CAP_SYS_PTRACE", "CAP_SYS_ADMIN"),
-]
-METHODS: list[Used] = ["stopped", "precopy", "cow"]
+pytestmark = OF_OTHERS
 LIMIT_S = 0.2 * SCALE
-
-
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return compiled(tmp_path_factory.mktemp("counters"))
 
 
 def take(target: Process, path: Path, **options: object) -> object:

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from pyuffd import (
-    Feature,
     Process,
     Region,
     RunState,
@@ -28,19 +27,15 @@ from pyuffd import (
 from pyuffd.cli import main
 from pyuffd.snapshot import _core_elf, _core_notes, _format
 from pyuffd.snapshot._capture import Used
-from pyuffd.testing import needs, needs_privilege
 from pyuffd.testing._run import SCALE
 from tests.process._attach import status, wait_until
 from tests.process._core import PAGE, Core, Target
+from tests.process._tracking import METHODS, OF_OTHERS
 from tests.process.test_core import program as program
 from tests.process.test_core_readers import PAUSE, THREADS, gdb, run
 from tests.process.test_track_process import needs_program
 
-pytestmark = [
-    needs(Feature.WP_ASYNC | Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM),
-    needs_privilege("CAP_SYS_PTRACE", "CAP_SYS_ADMIN"),
-]
-METHODS: list[Used] = ["stopped", "precopy", "cow"]
+pytestmark = OF_OTHERS
 LIMIT_S = 1.0 * SCALE
 R12 = struct.Struct("<136xQ")  # in NT_PRSTATUS
 # How the snapshot of a core came about.

@@ -34,26 +34,13 @@ from pyuffd.snapshot._writer import MEMORY, Writer
 from pyuffd.testing import needs_privilege
 from pyuffd.testing._run import SCALE
 from tests._memory import PAGE
-from tests.process._counters import compiled, counters
+from tests.process._counters import counters, new_file
+from tests.process._counters import program as program
 from tests.process.test_snapshot import take, wait_until
 
 pytestmark = needs_privilege("CAP_SYS_PTRACE")
 NICER = 5
 ANONYMOUS = MappingKind.ANONYMOUS
-
-
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return compiled(tmp_path_factory.mktemp("counters"))
-
-
-@contextmanager
-def file(path: Path) -> Iterator[int]:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def test_what_a_tracker_has_registered_is_not_walked(
@@ -110,7 +97,7 @@ def resident() -> int:
 
 
 def test_memory_for_the_stop_is_as_large_as_needed(tmp_path: Path) -> None:
-    with Process(os.getpid()) as process, file(tmp_path / "pages") as fd:
+    with Process(os.getpid()) as process, new_file(tmp_path / "pages") as fd:
         with Writer(process, fd, Options()) as writer:
             before = resident()
             writer.prepare(0)
@@ -137,7 +124,7 @@ def test_who_copies_while_the_process_runs_lets_others_go_first(tmp_path: Path) 
     with (
         Region.anonymous(PAGE) as region,
         Userfaultfd() as uffd,
-        file(tmp_path / "pages") as fd,
+        new_file(tmp_path / "pages") as fd,
     ):
         uffd.register(region)
         span = (region.start, region.start + PAGE)

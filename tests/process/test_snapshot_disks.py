@@ -11,16 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from pyuffd import Feature, Process, Snapshot
-from pyuffd.testing import needs, needs_privilege
+from pyuffd import Process, Snapshot
 from pyuffd.testing._run import SCALE
 from tests.process._attach import status
 from tests.process._counters import compiled, counters
+from tests.process._tracking import OF_OTHERS
 
-pytestmark = [
-    needs(Feature.WP_ASYNC | Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM),
-    needs_privilege("CAP_SYS_PTRACE", "CAP_SYS_ADMIN"),
-]
+pytestmark = OF_OTHERS
 # (method, errno, bytes that the disk has room for, microseconds of each write)
 DISKS = [
     ("stopped", errno.EIO, 0, 0),

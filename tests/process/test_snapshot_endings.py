@@ -13,16 +13,13 @@ from typing import Literal
 
 import pytest
 
-from pyuffd import Feature, Process, Snapshot, SnapshotError, UffdOSError
+from pyuffd import Process, Snapshot, SnapshotError, UffdOSError
 from pyuffd.snapshot import _capture
-from pyuffd.testing import needs, needs_privilege
 from pyuffd.testing._run import SCALE
 from tests._child import run_child
+from tests.process._tracking import OF_OTHERS
 
-pytestmark = [
-    needs(Feature.WP_ASYNC | Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM),
-    needs_privilege("CAP_SYS_PTRACE", "CAP_SYS_ADMIN"),
-]
+pytestmark = OF_OTHERS
 TARGET = """
 import os, sys
 data = bytearray(b"d" * (4 << 20))

@@ -23,6 +23,7 @@ from pyuffd.testing._run import SCALE
 from tests._child import ROOT, run_child
 from tests._memory import PAGE
 from tests.process import _memory_kinds as kinds
+from tests.process._tracking import METHODS
 
 pytestmark = [
     needs(
@@ -35,7 +36,6 @@ pytestmark = [
     needs_privilege("CAP_SYS_PTRACE", "CAP_SYS_ADMIN"),
 ]
 Target = tuple[Process, list[kinds.Kind]]
-METHODS: list[Used] = ["stopped", "precopy", "cow"]
 LIMIT_S = 30.0 * SCALE
 
 

@@ -35,16 +35,13 @@ from pyuffd import (
 from pyuffd.snapshot import SnapshotProgress, _helper
 from pyuffd.snapshot._capture import Used
 from pyuffd.snapshot._restore_options import Mode
-from pyuffd.testing import MEMORY_TYPES, needs, needs_privilege
+from pyuffd.testing import MEMORY_TYPES
 from pyuffd.testing._run import SCALE
 from tests._child import run_child
 from tests._memory import PAGE
+from tests.process._tracking import METHODS, OF_OTHERS
 
-pytestmark = [
-    needs(Feature.WP_ASYNC | Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM),
-    needs_privilege("CAP_SYS_PTRACE", "CAP_SYS_ADMIN"),
-]
-METHODS: list[Used] = ["stopped", "precopy", "cow"]
+pytestmark = OF_OTHERS
 LIMIT_S = 0.5 * SCALE
 NUMBER = struct.Struct("=Q")
 PAGES = 16

@@ -16,7 +16,6 @@ import pytest
 
 from pyuffd import (
     DirtyTracker,
-    Feature,
     MappingKind,
     PageRanges,
     Process,
@@ -27,15 +26,12 @@ from pyuffd import (
 from pyuffd._image_calls import Pieces
 from pyuffd.snapshot import _capture
 from pyuffd.snapshot._capture import Used
-from pyuffd.testing import needs, needs_privilege
 from pyuffd.testing._run import SCALE
 from tests._memory import PAGE
 from tests.process._attach import status
+from tests.process._tracking import OF_OTHERS
 
-pytestmark = [
-    needs(Feature.WP_ASYNC | Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM),
-    needs_privilege("CAP_SYS_PTRACE", "CAP_SYS_ADMIN"),
-]
+pytestmark = OF_OTHERS
 METHODS: list[Used] = ["cow", "precopy"]
 # Where a program is in the stop, with everything that it had then still to be read.
 IN_STOP = {"cow": "saves", "precopy": "copied"}

@@ -17,13 +17,10 @@ import pytest
 from pyuffd import Feature, Process, StopTimeoutError, UffdOSError, write_core
 from pyuffd import _remote_calls as calls
 from pyuffd.snapshot import _core
-from pyuffd.testing import needs, needs_privilege
 from pyuffd.testing._run import SCALE
+from tests.process._tracking import OF_OTHERS
 
-pytestmark = [
-    needs(Feature.WP_ASYNC | Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM),
-    needs_privilege("CAP_SYS_PTRACE", "CAP_SYS_ADMIN"),
-]
+pytestmark = OF_OTHERS
 STALL_S = 0.05
 # A thread waits uninterruptibly until the event is read, which SIGUSR1 makes the first one do.
 TARGET = """

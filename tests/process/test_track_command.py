@@ -13,16 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from pyuffd import Feature, Process
+from pyuffd import Process
 from pyuffd.cli import main
-from pyuffd.testing import needs, needs_privilege
 from pyuffd.testing._run import SCALE
 from tests.process._attach import wait_until
+from tests.process._tracking import OF_OTHERS
 
-pytestmark = [
-    needs(Feature.WP_ASYNC | Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM),
-    needs_privilege("CAP_SYS_PTRACE", "CAP_SYS_ADMIN"),
-]
+pytestmark = OF_OTHERS
 LIMIT_S = 30 * SCALE
 WRITER = """
 import mmap, time

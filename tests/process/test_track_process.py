@@ -17,7 +17,6 @@ import pytest
 from pyuffd import (
     BlindReason,
     DirtyTracker,
-    Feature,
     Grown,
     Mapped,
     Process,
@@ -26,7 +25,6 @@ from pyuffd import (
     Unmapped,
 )
 from pyuffd.remote import _pinned
-from pyuffd.testing import needs, needs_privilege
 from pyuffd.testing._need import Need
 from pyuffd.testing._needs import marked
 from pyuffd.testing._run import SCALE
@@ -35,11 +33,9 @@ from tests._memory import PAGE
 from tests.kernel.test_pinned_buffers import Ring, needs_io_uring
 from tests.process._attach import status, wait_until
 from tests.process._redis import redis
+from tests.process._tracking import OF_OTHERS
 
-pytestmark = [
-    needs(Feature.WP_ASYNC | Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM),
-    needs_privilege("CAP_SYS_PTRACE", "CAP_SYS_ADMIN"),
-]
+pytestmark = OF_OTHERS
 ORACLE = "tests.process._track_oracle:run"
 
 

@@ -14,7 +14,6 @@ import random
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -34,6 +33,7 @@ from pyuffd import (
 )
 from pyuffd.testing import needs
 from tests._child import run_child
+from tests.kernel._faults import fork
 from tests.kernel._serving import open_fds, thread_names, wait_until
 from tests.process._pitfalls import BOTH, EVENTS, Driver
 
@@ -153,9 +153,7 @@ class Worker:
 
     def fork(self) -> None:
         """A fork checks its pages, reads shared ones, and changes private ones, its own copies."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            pid = os.fork()
+        pid = fork()
         if pid == 0:
             status = 1
             try:
@@ -177,9 +175,7 @@ class Worker:
 
 def run_process(worker: Worker, until: float, seed: int) -> int:
     """Run a worker in a fork; return its pid."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        pid = os.fork()
+    pid = fork()
     if pid == 0:
         status = 1
         try:

@@ -7,7 +7,6 @@ import os
 import socket
 import stat
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,6 +24,7 @@ from pyuffd import (
 )
 from pyuffd._handover_format import MAX_MEMORY_FDS
 from pyuffd.testing import needs_privilege
+from tests.kernel._faults import fork
 
 PAGE = 4096
 NOBODY = 65534
@@ -38,13 +38,6 @@ def umask(value: int) -> Iterator[None]:
         yield
     finally:
         os.umask(old)
-
-
-def fork() -> int:
-    with warnings.catch_warnings():
-        # Test runners have threads, and the forks here do almost nothing.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return os.fork()
 
 
 class Range:
