@@ -14,6 +14,7 @@ from pyuffd import Feature, Process, UffdOSError
 from pyuffd._remote_calls import AttachPoint
 from pyuffd.remote import _attach
 from pyuffd.testing._run import SCALE
+from tests._tasks import of_threads
 
 FEATURES = Feature.WP_ASYNC | Feature.WP_UNPOPULATED
 LIMIT_S = 10 * SCALE
@@ -64,8 +65,8 @@ def answers(target: subprocess.Popen[bytes]) -> None:
 
 def helper_of(pid: int) -> int:
     """Return the helper process that injects system calls for a process."""
-    for task in os.listdir(f"/proc/{pid}/task"):
-        for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split():
+    for children in of_threads(pid, "children").values():
+        for child in children.split():
             # Made without an exec, so it has the name of the thread that made it.
             if os.readlink(f"/proc/{child}/exe") == os.readlink(f"/proc/{pid}/exe"):
                 return int(child)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import tempfile
 import threading
@@ -18,6 +17,7 @@ from pyuffd.testing import needs, needs_privilege
 from pyuffd.testing._run import SCALE
 from tests._child import run_child
 from tests._memory import PAGE
+from tests._tasks import of_threads
 from tests.process._attach import DEEDS, FEATURES, answers, seen, start, status, wait_until
 from tests.process._redis import Connection, redis
 from tests.process.test_track_process import needs_program
@@ -146,11 +146,8 @@ class Client(threading.Thread):
 
 def threads(pid: int) -> dict[int, str]:
     """Return how each of its threads is: running and sleeping are the same."""
-    found = {}
-    for name in os.listdir(f"/proc/{pid}/task"):
-        text = Path(f"/proc/{pid}/task/{name}/stat").read_text()
-        found[int(name)] = text.rpartition(") ")[2][0].replace("R", "S")
-    return found
+    stats = of_threads(pid, "stat").items()
+    return {tid: stat.rpartition(") ")[2][0].replace("R", "S") for tid, stat in stats}
 
 
 def attached_again_and_again(program: str, rounds: int, sleep_ms: int) -> list[int]:

@@ -6,7 +6,6 @@ import os
 import subprocess
 import time
 from collections.abc import Iterable
-from pathlib import Path
 
 import pytest
 
@@ -14,6 +13,7 @@ from pyuffd import CallableSource, Feature, Handler, Region, Userfaultfd
 from pyuffd.testing import child_pids, needs
 from tests._child import run_child
 from tests._memory import PAGE
+from tests._tasks import of_threads
 from tests.kernel._verbs import PYTHON, Driver
 
 LIMIT_S = 1.0  # how long a source may need
@@ -30,8 +30,8 @@ def slow(offset: int, length: int) -> bytes:
 def with_children(pids: Iterable[int]) -> list[int]:
     found = list(pids)
     for pid in found:
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            found += map(int, (task / "children").read_text().split())
+        for children in of_threads(pid, "children").values():
+            found += map(int, children.split())
     return found
 
 

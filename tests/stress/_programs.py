@@ -21,7 +21,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pyuffd import (
@@ -44,6 +43,7 @@ from pyuffd.handlers.process._remote import RemoteEngine
 from pyuffd.testing import MEMORY_TYPES, kill
 from pyuffd.testing._run import SCALE
 from tests._memory import memory_of
+from tests._tasks import of_threads
 from tests.stress._worlds import HEAD, LOST, UNWRITTEN, ZERO, A, Content, Rules, World
 
 Step = list[Any]  # a name and its arguments, in types that JSON has
@@ -824,10 +824,11 @@ def run(program: Program) -> str:
 
 def _wait_for_other_threads() -> None:
     """Wait until they sleep: if one is in AddressSanitizer's malloc(), it hangs in a fork."""
-    own, give_up = str(threading.get_native_id()), time.monotonic() + 5
+    give_up = time.monotonic() + 5
     while time.monotonic() < give_up:
-        others = (path for path in Path("/proc/self/task").iterdir() if path.name != own)
-        if all((path / "stat").read_text().rpartition(")")[2].split()[0] == "S" for path in others):
+        stats = of_threads("self", "stat")
+        del stats[threading.get_native_id()]
+        if all(stat.rpartition(") ")[2][0] == "S" for stat in stats.values()):
             return
         time.sleep(0.01)
 
