@@ -1,4 +1,4 @@
-"""Text of other people's exceptions: of any length, from code that may fail (layer L1)."""
+"""Words for messages; text of other people's exceptions, which may be long or fail (layer L1)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ import traceback
 # More than any message that is meant to be read. A source may raise with a page's content in it.
 TEXT_MOST = 2000
 REPR_MOST = 120
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun: "1 page", "2 pages"."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
 def shortened(text: str, most: int = TEXT_MOST) -> str:

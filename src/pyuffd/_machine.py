@@ -58,7 +58,8 @@ def shortage(page_size: int, needed: int, fd: int) -> str:
     """Return how many huge pages are free and needed, and the command that adds the rest."""
     total, free = _count(page_size, "nr_hugepages"), free_pages(page_size)
     kib = page_size >> 10
-    text = f"{free} of {total} huge pages of {kib} KiB are free, {needed} are needed"
+    needs = "1 is needed" if needed == 1 else f"{needed} are needed"
+    text = f"{free} of {total} huge pages of {kib} KiB are free, {needs}"
     if free < needed:
         wanted = total + needed - free
         if page_size == _meminfo("Hugepagesize"):

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 from pyuffd import _dirty_calls, lowlevel
 from pyuffd._abi import PageBit, PageCategory
 from pyuffd._arguments import check_flags, check_int, checked_index
+from pyuffd._describe import counted
 from pyuffd._pages import PAGE_SIZE, check_aligned
 
 _RANGE = struct.Struct("=QQQ")
@@ -73,7 +74,7 @@ class PageRanges:
         return _ranges_from_bytes, (self._view.tobytes(),)
 
     def __repr__(self) -> str:
-        return f"<PageRanges: {len(self)} ranges, {self.bytes:#x} bytes>"
+        return f"<PageRanges: {counted(len(self), 'range')}, {self.bytes:#x} bytes>"
 
     @classmethod
     def of(cls, spans: Iterable[tuple[int, int]]) -> PageRanges:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, overload
 
 from pyuffd._arguments import check_int, check_number
+from pyuffd._describe import counted
 from pyuffd._image_calls import hot_check
 from pyuffd._pages import PAGE_SIZE
 
@@ -130,7 +131,8 @@ class WorkingSet(Sequence[WorkingSetRun]):
             return f"<WorkingSet that is not used: {self.problem}>"
         pages = self.length // PAGE_SIZE
         times = "once" if self.recordings == 1 else f"{self.recordings} times"
-        return f"<WorkingSet of {pages} pages in {len(self)} runs, recorded {times}>"
+        runs = counted(len(self), "run")
+        return f"<WorkingSet of {counted(pages, 'page')} in {runs}, recorded {times}>"
 
 
 def _run(page: int, pages: int, seen: int, tried: int) -> WorkingSetRun:

@@ -21,6 +21,7 @@ from typing import Self
 
 from pyuffd._arguments import check_int, shown
 from pyuffd._closing import SoleOwner
+from pyuffd._describe import counted
 from pyuffd._errors import ClosedError, ProcessGoneError
 from pyuffd._handover_format import (
     HEADER,
@@ -198,7 +199,7 @@ class Handover(SoleOwner):
     def __repr__(self) -> str:
         return (
             f"<Handover {self.uffd!r} of pid {self.pid}, uid {self.uid},"
-            f" {len(self.regions)} ranges>"
+            f" {counted(len(self.regions), 'range')}>"
         )
 
 

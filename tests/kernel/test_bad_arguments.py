@@ -446,7 +446,7 @@ def test_names_what_is_wrong(world: World, name: str, call: Call, value: Any) ->
     assert not os.path.exists("pyuffd-bad-arguments")
     assert not world.uffd._registered
     assert world.uffd._claims.owner is None
-    assert "running, 1 ranges" in repr(world.handler)
+    assert "running, 1 range" in repr(world.handler)
 
 
 class NoLength:

@@ -36,6 +36,7 @@ from pyuffd import (
     ZeroSource,
     _memory,
 )
+from pyuffd._describe import counted
 from pyuffd.testing import needs_hugepages, needs_privilege
 from pyuffd.testing._memory_types import HUGE_PAGE
 from pyuffd.testing._needs import needs_kernel_faults
@@ -90,7 +91,7 @@ def expect_failure(handler: Handler, address: int, page_size: int, pages: int) -
     assert isinstance(error.__cause__, OSError)
     assert error.__cause__.errno == errno.ENODATA
     assert f"{address:#x}" in str(error)
-    assert f"({pages} pages" in str(error)
+    assert f"({counted(pages, 'page')} in all)" in str(error)
     handler.stop()  # said once
 
 

@@ -83,7 +83,7 @@ def region_closes(driver: Driver, name: str) -> None:
         first.touch(0, 1)
         start = first.start
         first.close()
-        assert "1 ranges" in repr(handler)
+        assert "1 range" in repr(handler)
         with pytest.raises(ValueError):
             handler.unserve(start)
         assert second.read() == data

@@ -153,7 +153,7 @@ def one_of_two_is_mended() -> None:
         handler.stop()
     assert failed.value.start == start + 4096
     assert isinstance(failed.value.__cause__, IndexError)
-    assert "1 pages in all" in str(failed.value)
+    assert "1 page in all" in str(failed.value)
 
 
 def has_failed(handler: Handler, times: int) -> bool:

@@ -22,6 +22,7 @@ from pyuffd import (
     RegisterMode,
     Userfaultfd,
 )
+from pyuffd._describe import counted
 from pyuffd.testing import needs_privilege
 from pyuffd.testing._need import Need
 from pyuffd.testing._needs import marked
@@ -164,7 +165,7 @@ def preserved() -> None:
         assert handler.page_states(region).count(PageState.DIRTY) == merged + in_time
         with pytest.raises(HandlerError, match="no longer protected") as caught:
             handler.stop()
-        assert f"({merged} pages in all)" in str(caught.value)
+        assert f"({counted(merged, 'page')} in all)" in str(caught.value)
 
 
 @needs_ksm()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pyuffd import CoreFile, Process, Snapshot, write_core
+from pyuffd.cli._counted import counted
 from pyuffd.cli._expected import COPY_RATE, limited_pause, needed, shared_memory
 from pyuffd.cli._progress import MIB, progress_shown, until_named
 from pyuffd.cli._signals import ended_by
@@ -124,9 +125,9 @@ def _announcement(args: argparse.Namespace, target: Process) -> str:
         limit_s = args.max_stall or STALL_S
         shared = 0 if args.max_stall else shared_memory(target)
         pause = limited_pause(target, limit_s, ", if it does not write too fast", shared)
-    threads = len(target.threads())
+    threads = counted(len(target.threads()), "thread")
     return (
-        f"process {target.pid} ({name}), {threads} threads, {size / MIB:.1f} MiB of its own:"
+        f"process {target.pid} ({name}), {threads}, {size / MIB:.1f} MiB of its own:"
         f" it will be stopped {pause}"
     )
 

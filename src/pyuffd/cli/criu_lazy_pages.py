@@ -17,6 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 from pyuffd import CriuError
+from pyuffd.cli._counted import counted
 
 if TYPE_CHECKING:
     from pyuffd.criu import Images, LazyPages, RemotePages, RestoreReport
@@ -290,14 +291,14 @@ class _Output:
             text = f"restore {report.number} failed: {report.error}"
         else:
             text = (
-                f"restore {report.number}: {report.processes} processes,"
+                f"restore {report.number}: {counted(report.processes, 'process', 'processes')},"
                 f" {report.content_bytes / MIB:.1f} MiB filled in {report.drained_s:.2f} s,"
-                f" {report.faults} pages by faults (p50 {report.fault_p50_us:.0f} us, p99"
-                f" {report.fault_p99_us:.0f} us)"
+                f" {counted(report.faults, 'page')} by faults"
+                f" (p50 {report.fault_p50_us:.0f} us, p99 {report.fault_p99_us:.0f} us)"
             )
             text += f", {report.hot_bytes / MIB:.1f} MiB of them hot" if report.hot_bytes else ""
             recorded = report.recorded_pages
-            text += f"; working set of {recorded} pages written" if recorded else ""
+            text += f"; working set of {counted(recorded, 'page')} written" if recorded else ""
         self._print("restore", text, **report.as_dict())
 
 

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, Protocol
 
 from pyuffd import DirtyTracker, Process, ProcessGoneError
+from pyuffd.cli._counted import counted
 from pyuffd.cli._heat import Heat
 from pyuffd.cli._signals import ended_by
 from pyuffd.cli._words import pid, seconds
@@ -184,7 +185,7 @@ class _Lines:
         for gap in tracker.blind:
             by_reason.setdefault(gap.reason.value, []).append(gap.length)
         for reason, sizes in sorted(by_reason.items()):
-            what = f"{len(sizes)} ranges, {sum(sizes) / MIB:.1f} MiB"
+            what = f"{counted(len(sizes), 'range')}, {sum(sizes) / MIB:.1f} MiB"
             print(f"cannot be seen: {reason}: {what}")
         sys.stdout.flush()
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from pyuffd._arguments import check_path
+from pyuffd._describe import counted
 from pyuffd._errors import CriuError
 from pyuffd._pages import PAGE_SIZE
 from pyuffd.criu import _schema
@@ -142,7 +143,7 @@ class Images:
                 os.posix_fadvise(file.fileno(), 0, 0, advice)
 
     def __repr__(self) -> str:
-        return f"<Images {self.folder} of {len(self.tasks)} processes>"
+        return f"<Images {self.folder} of {counted(len(self.tasks), 'process', 'processes')}>"
 
 
 def _spans(path: str) -> Iterator[tuple[int, int]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from pyuffd._arguments import checked_index
+from pyuffd._describe import counted
 from pyuffd.handlers._types import PageState
 
 _RUN = struct.Struct("=QQQ")
@@ -57,7 +58,7 @@ class StateRanges:
         return hash(self._packed)
 
     def __repr__(self) -> str:
-        return f"<StateRanges: {len(self)} ranges, {self.bytes:#x} bytes>"
+        return f"<StateRanges: {counted(len(self), 'range')}, {self.bytes:#x} bytes>"
 
     @property
     def bytes(self) -> int:

@@ -18,6 +18,7 @@ from pyuffd._arguments import (
     check_seconds,
     shown,
 )
+from pyuffd._describe import counted
 from pyuffd._diagnose import why_unresolved
 from pyuffd._errors import HandlerError
 from pyuffd._pages import (
@@ -203,7 +204,7 @@ def handler_error(failure: Failure, source: SourceFailure | None) -> HandlerErro
     place = f" at {address:#x}" if address else ""
     hint = why_unresolved(failure.error, address)
     error = HandlerError(
-        f"{what}{place}: {os.strerror(failure.error)} ({failure.count} pages in all)"
+        f"{what}{place}: {os.strerror(failure.error)} ({counted(failure.count, 'page')} in all)"
         + (f"; {hint}" if hint else ""),
         address or None,
         length or None,

@@ -10,6 +10,7 @@ from typing import overload
 
 from pyuffd._abi import PagefaultFlag
 from pyuffd._arguments import check_int
+from pyuffd._describe import counted
 from pyuffd._pages import RangeLike, check_region, page_size_of, round_down
 
 _FAULT = struct.Struct("=QQIIQ")  # struct uffd_logged_fault
@@ -105,4 +106,4 @@ class FaultLog(Sequence[LoggedFault]):
 
     def __repr__(self) -> str:
         lost = f", {self.lost} lost" if self.lost else ""
-        return f"<FaultLog of {len(self)} faults{lost}>"
+        return f"<FaultLog of {counted(len(self), 'fault')}{lost}>"

@@ -16,6 +16,7 @@ from typing import Self
 
 from pyuffd._arguments import check_int
 from pyuffd._closing import Closing
+from pyuffd._describe import counted
 from pyuffd._dropped import close_dropped
 from pyuffd._errors import HandlerError
 from pyuffd._pages import RangeLike
@@ -411,5 +412,6 @@ class Handler(ServesMany, FillsPages, TracksWrites, EvictsPages, HoldsFaults, St
         if self._engine is None:
             state = "stopped"
         else:
-            state = f"{'running' if self._started else 'not started'}, {len(self._served)} ranges"
+            state = "running" if self._started else "not started"
+            state += f", {counted(len(self._served), 'range')}"
         return f"<Handler {self.driver} on {self.uffd!r}, {state}>"

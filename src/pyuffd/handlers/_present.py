@@ -12,6 +12,7 @@ from typing import Literal
 
 from pyuffd import _memory, _vmas, lowlevel
 from pyuffd._abi import Feature, PageBit, PageCategory, RegisterMode
+from pyuffd._describe import counted
 from pyuffd._diagnose import is_ordinary_file
 from pyuffd._errors import (
     HandlerError,
@@ -102,10 +103,11 @@ def settle_present(
     if present == "refuse" and (first := _first_there(region, pagemap)):
         pages = _there(region).pages(region.page_size if isinstance(region, Region) else 4096)
         raise ValueError(
-            f"{pages} pages of [{region.start:#x}, +{region.length:#x}) are already present, the"
-            f" first at {first[0].start:#x}: they cause no missing fault, so they would never get"
-            " the source's content. Serve the region before it is touched, or pass present='drop'"
-            " to drop these pages or present='keep' to keep what they hold"
+            f"{counted(pages, 'page')} of [{region.start:#x}, +{region.length:#x})"
+            f" {'is' if pages == 1 else 'are'} already present, the first at {first[0].start:#x}."
+            " Present pages cause no missing fault, so they would never get the source's content."
+            " Serve the region before it is touched, or pass present='drop' to drop these pages or"
+            " present='keep' to keep what they hold"
         )
     # A page that only the cache has is a minor fault where those are served.
     is_minor = int(mode) & RegisterMode.MINOR.value
