@@ -2,7 +2,6 @@
 /* Requests without an answer: give them up as they get too old, or all at once. */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <signal.h>
 
 #include "answer.h"
 #include "failures.h"
@@ -13,6 +12,7 @@
 #include "say.h"
 #include "stall.h"
 #include "stats.h"
+#include "tracebacks.h"
 #include "base/clock.h"
 
 /* With the requests' lock held: from now on an answer is too late. */
@@ -129,18 +129,11 @@ uint32_t uffd_engine_hung(struct uffd_engine *engine)
 	return hung;
 }
 
-/* Trigger Python's dump of all tracebacks (faulthandler.register) by its signal. */
 static void show_tracebacks(struct uffd_engine *engine)
 {
-	sigset_t only;
-
-	if (!engine->options.stall_signal)
-		return;
-	sigemptyset(&only);
-	sigaddset(&only, (int)engine->options.stall_signal);
-	pthread_kill(pthread_self(), (int)engine->options.stall_signal);
-	pthread_sigmask(SIG_UNBLOCK, &only, NULL);
-	pthread_sigmask(SIG_BLOCK, &only, NULL);
+	if (engine->options.stall_signal)
+		uffd_show_tracebacks((int)engine->options.stall_signal,
+				     engine->options.has_gil);
 }
 
 /*

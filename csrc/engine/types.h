@@ -43,7 +43,8 @@ struct uffd_engine_options {
 	uint32_t layout_events;	/* which layout events are on: UFFD_FEATURE_EVENT_* */
 	uint32_t watch_owner;	/* the owner is another process: notice its death */
 	uint32_t has_workers;	/* how many threads call uffd_engine_next_request */
-	uint32_t stall_signal;	/* sent to our own thread when a request stalls; 0: none */
+	uint32_t stall_signal;	/* its handler writes tracebacks when a request stalls; 0: none */
+	uint32_t has_gil;	/* this Python has one, see tracebacks.h */
 	uint64_t prefetch;	/* bytes filled around a fault, 0: its page alone */
 	uint64_t spin_ns;	/* spin for the next fault at most this long */
 	uint64_t retry_limit_ns; /* how long a page is retried before on_error */

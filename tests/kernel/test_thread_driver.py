@@ -12,6 +12,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -195,6 +197,64 @@ def test_deadlock_ends_in_sigbus(name: str) -> None:
     function = HOLDING[name].__name__
     assert f"in {function}" in shown, "the traceback shows who faults"
     assert "_threads.py" in shown, "and who would have had to answer"
+
+
+def hold_the_gil_with_events() -> None:
+    with served("thread", EVENTS, stall_timeout_s=STALL_S) as (mapping, region):
+        HOLDING["mmap-index"](mapping, region)
+
+
+@needs_gil(there=True)
+@needs(EVENTS)
+def test_a_report_makes_no_fork_event() -> None:
+    """The thread that would read the event is the one that reports."""
+    ended = run_child(hold_the_gil_with_events, expect=-signal.SIGBUS)
+    assert "most recent call first" in ended.stderr.split("Fatal Python error")[0]
+
+
+def stalls_beside_threads(stalls: int) -> int:
+    """Python runs while the source is slow: other threads begin, go deep and end."""
+    over = threading.Event()
+
+    def deep(depth: int) -> int:
+        return deep(depth - 1) + 1 if depth else 0
+
+    def come_and_go() -> None:
+        while not over.is_set():
+            threads = [threading.Thread(target=deep, args=[300]) for _ in range(4)]
+            for each in threads:
+                each.start()
+            for each in threads:
+                each.join()
+
+    def slow_content(at: int, length: int) -> bytes:
+        time.sleep(0.06)
+        return DATA.all[at : at + length]
+
+    busy = [threading.Thread(target=come_and_go) for _ in range(3)]
+    for each in busy:
+        each.start()
+    with (
+        Userfaultfd() as uffd,
+        Region.anonymous(stalls * PAGE) as region,
+        Handler(uffd, driver="thread", stall_timeout_s=0.02, on_error="stall") as handler,
+    ):
+        handler.serve(region, CallableSource(slow_content))
+        for number in range(stalls):
+            assert region.read(number * PAGE, PAGE) == DATA[number]
+        stalled = handler.stats().stalled_requests
+    over.set()
+    for each in busy:
+        each.join()
+    return stalled
+
+
+@needs_kernel_faults()
+def test_stalls_beside_threads_that_come_and_go() -> None:
+    """Their frames may be gone while a report follows them: it must not end the program."""
+    ended = run_child(stalls_beside_threads, PAGES, budget_s=30)
+    # On a busy machine a stall may go unnoticed, or its report may end early.
+    assert 0 < ended.stderr.count("in slow_content") <= ended.value
 
 
 @needs_gil(there=True)

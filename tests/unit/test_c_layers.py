@@ -34,7 +34,7 @@ FLOORS = [
     {"snapshot/answering"},
     {"snapshot/saver"},
     {"remote/attach", "remote/stopped"},
-    {"engine/alloc", "engine/runs"},
+    {"engine/alloc", "engine/runs", "engine/tracebacks"},
     {"engine/barrier", "engine/fill", "engine/file", "engine/placement"},
     {"engine/overlay"},
     {"engine/content"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +86,7 @@ class Engine(EnginePages, EngineReports):
         options.watch_owner = watch_owner
         options.has_workers = workers
         options.stall_signal = stall_signal
+        options.has_gil = getattr(sys, "_is_gil_enabled", lambda: True)()
         options.stall_limit_ns = stall_limit_ns
         options.prefetch = prefetch
         options.spin_ns = spin_ns

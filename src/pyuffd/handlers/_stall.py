@@ -1,7 +1,7 @@
 """Write all Python tracebacks from C when no Python thread can run (layer L4).
 
-`faulthandler` writes them in a signal handler that needs no GIL. The engine's own thread sends the
-signal to itself.
+`faulthandler` writes them in a signal handler that needs no GIL. The engine has the handler run
+where it can do no harm (csrc/engine/tracebacks.h).
 """
 
 from __future__ import annotations

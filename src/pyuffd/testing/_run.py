@@ -239,7 +239,8 @@ def perform(call: str, reply: int) -> None:
     os.set_inheritable(reply, False)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     request = json.loads(call)
-    faulthandler.enable()
+    # Of the thread that dies: those of others crash the dump if they run meanwhile.
+    faulthandler.enable(all_threads=False)
     faulthandler.dump_traceback_later(request["budget_s"] + STARTUP_S * SCALE, exit=True)
     target = request["target"]
     answer: dict[str, Any] = {}

@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: MIT
+#define _GNU_SOURCE
+#include <errno.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "tracebacks.h"
+#include "base/clock.h"
+#include "base/threads.h"
+
+#define STACK_SIZE (256ul << 10)
+/* A thread that runs Python gives the GIL to another one after 5 ms (sys.setswitchinterval). */
+#define GIL_LIMIT_NS 200000000ull
+#define NS_PER_S 1000000000ull
+
+/* Of Python's stable ABI; absent in a program without Python. */
+__attribute__((weak)) int PyGILState_Ensure(void);
+__attribute__((weak)) void PyGILState_Release(int state);
+
+static const int fatal[] = { SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT };
+
+static void end_process(int number)
+{
+	(void)number;
+	syscall(SYS_exit_group, 1);
+}
+
+/* It must not return to anything of the engine, nor run a handler of the program's. */
+static int run_handler(void *argument)
+{
+	struct sigaction end = { .sa_handler = end_process };
+	int number = *(const int *)argument;
+	sigset_t blocked;
+
+	sigfillset(&blocked);
+	sigdelset(&blocked, number);
+	for (size_t i = 0; i < sizeof(fatal) / sizeof(fatal[0]); i++) {
+		sigaction(fatal[i], &end, NULL);
+		sigdelset(&blocked, fatal[i]);
+	}
+	sigprocmask(SIG_SETMASK, &blocked, NULL);
+	syscall(SYS_tgkill, (pid_t)syscall(SYS_getpid), (pid_t)syscall(SYS_gettid), number);
+	syscall(SYS_exit_group, 0);
+	return 0;
+}
+
+/* Sharing the memory makes no fork event, which nobody could read now. */
+static void show_in_process(int number)
+{
+	char *stack = mmap(NULL, STACK_SIZE, PROT_READ | PROT_WRITE,
+			   MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
+	pid_t child;
+
+	if (stack == MAP_FAILED)
+		return;
+	/* No signal tells the program that it ends, and no wait(2) of the program's finds it. */
+	child = clone(run_handler, stack + STACK_SIZE, CLONE_VM | CLONE_VFORK | CLONE_FILES,
+		      &number);
+	if (child > 0)
+		while (waitpid(child, NULL, __WALL) < 0 && errno == EINTR)
+			;
+	munmap(stack, STACK_SIZE);
+}
+
+/* One thread at a time; one that waits for the GIL still has been given up. */
+static struct {
+	pthread_mutex_t lock;
+	pthread_cond_t changed;
+	pid_t pid; /* a fork has no such thread */
+	int number;
+	bool is_busy, is_wanted, has_gil;
+} shower = { .lock = PTHREAD_MUTEX_INITIALIZER };
+
+static void *show(void *argument)
+{
+	int state = PyGILState_Ensure();
+	bool is_wanted;
+	sigset_t only;
+
+	pthread_mutex_lock(&shower.lock);
+	is_wanted = shower.is_wanted;
+	shower.has_gil = true;
+	pthread_mutex_unlock(&shower.lock);
+	if (is_wanted) {
+		sigemptyset(&only);
+		sigaddset(&only, shower.number);
+		pthread_kill(pthread_self(), shower.number);
+		pthread_sigmask(SIG_UNBLOCK, &only, NULL);
+	}
+	PyGILState_Release(state);
+	pthread_mutex_lock(&shower.lock);
+	shower.is_busy = false;
+	pthread_cond_signal(&shower.changed);
+	pthread_mutex_unlock(&shower.lock);
+	return argument;
+}
+
+static bool start_thread(int number)
+{
+	pthread_attr_t detached;
+	pthread_t thread;
+	int ret;
+
+	if (shower.pid != getpid()) {
+		uffd_cond_init(&shower.changed);
+		shower.pid = getpid();
+		shower.is_busy = false;
+	}
+	if (shower.is_busy)
+		return false;
+	shower.number = number;
+	shower.is_busy = shower.is_wanted = true;
+	shower.has_gil = false;
+	pthread_attr_init(&detached);
+	pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
+	ret = uffd_thread_start(&thread, &detached, show, NULL);
+	pthread_attr_destroy(&detached);
+	if (ret)
+		shower.is_busy = false;
+	return !ret;
+}
+
+/* Return whether a thread with the GIL has done it. */
+static bool show_in_thread(int number)
+{
+	uint64_t until_ns = uffd_now_ns() + GIL_LIMIT_NS;
+	struct timespec until = { .tv_sec = (time_t)(until_ns / NS_PER_S),
+				  .tv_nsec = (long)(until_ns % NS_PER_S) };
+	bool done = false;
+
+	pthread_mutex_lock(&shower.lock);
+	if (start_thread(number)) {
+		while (shower.is_busy &&
+		       (shower.has_gil || uffd_now_ns() < until_ns))
+			pthread_cond_timedwait(&shower.changed, &shower.lock, &until);
+		done = shower.has_gil;
+		shower.is_wanted = false;
+	}
+	pthread_mutex_unlock(&shower.lock);
+	return done;
+}
+
+void uffd_show_tracebacks(int number, bool has_gil)
+{
+	if (!has_gil || !PyGILState_Ensure || !show_in_thread(number))
+		show_in_process(number);
+}
