@@ -337,7 +337,9 @@ class Process(Closing):
 
         Threads made meanwhile are stopped too, until the list is stable, and so are processes that
         share the memory (vfork, CLONE_VM). However the block ends, by SIGKILL of this process too,
-        they go on where they were: the kernel detaches what a dead tracer traced.
+        they continue where they were: the kernel detaches what a dead tracer traced. One case is
+        left: if a signal handler raises just as the block ends, they continue when the last
+        reference to the returned object is gone.
 
         Args:
             timeout_s: When to give up; then everything runs again.
