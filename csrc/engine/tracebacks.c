@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
+#include <stdint.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -24,26 +25,41 @@ __attribute__((weak)) void PyGILState_Release(int state);
 
 static const int fatal[] = { SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT };
 
+/* As the kernel has it on x86-64. */
+struct kernel_action {
+	void (*handler)(int number);
+	unsigned long flags;
+	void (*restorer)(void);
+	uint64_t mask;
+};
+
+#define SA_RESTORER 0x04000000ul
+
 static void end_process(int number)
 {
 	(void)number;
 	syscall(SYS_exit_group, 1);
 }
 
-/* It must not return to anything of the engine, nor run a handler of the program's. */
+static void never_returns(void)
+{
+}
+
+/*
+ * It must not return to anything of the engine, nor run a handler of the program's.  What wraps
+ * sigaction(3) (ThreadSanitizer, libjsig) keeps the handlers in the memory that is shared: not used.
+ */
 static int run_handler(void *argument)
 {
-	struct sigaction end = { .sa_handler = end_process };
+	struct kernel_action end = { end_process, SA_RESTORER, never_returns, 0 };
 	int number = *(const int *)argument;
-	sigset_t blocked;
+	uint64_t blocked = ~(1ull << (number - 1));
 
-	sigfillset(&blocked);
-	sigdelset(&blocked, number);
 	for (size_t i = 0; i < sizeof(fatal) / sizeof(fatal[0]); i++) {
-		sigaction(fatal[i], &end, NULL);
-		sigdelset(&blocked, fatal[i]);
+		syscall(SYS_rt_sigaction, fatal[i], &end, NULL, sizeof(end.mask));
+		blocked &= ~(1ull << (fatal[i] - 1));
 	}
-	sigprocmask(SIG_SETMASK, &blocked, NULL);
+	syscall(SYS_rt_sigprocmask, SIG_SETMASK, &blocked, NULL, sizeof(blocked));
 	syscall(SYS_tgkill, (pid_t)syscall(SYS_getpid), (pid_t)syscall(SYS_gettid), number);
 	syscall(SYS_exit_group, 0);
 	return 0;
