@@ -39,9 +39,13 @@ libc = ctypes.CDLL(None)
 libc.mmap.restype = ctypes.c_void_p
 libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + 3 * [ctypes.c_int] + [ctypes.c_long]
 for line in sys.stdin:
-    first, count = map(int, line.split())
-    libc.mmap(start + first * 4096, count * 4096, 3, 0x32, -1, 0)  # private, anonymous, fixed
-    ctypes.memset(start + first * 4096, 7, 4096)
+    first, count, filled = map(int, line.split())
+    at, size = start + first * 4096, count * 4096
+    if filled:
+        libc.mmap(at, size, 3, 0x32, -1, 0)  # private, anonymous, fixed
+        ctypes.memset(at, 7, filled * 4096)
+    else:
+        libc.mmap(at, size, 3, 0x11, fd, first * 4096)  # shared, fixed
     print(flush=True)
 """
 
@@ -64,14 +68,17 @@ class Shared:
         fallocate(self.fd, PUNCH_HOLE, page * PAGE, count * PAGE)
         self.content[page * PAGE : (page + count) * PAGE] = bytes(count * PAGE)
 
-    def replace(self, page: int, count: int) -> None:
-        """Map private memory there, whose first page is written."""
+    def replace(self, page: int, count: int, filled: int) -> None:
+        """Map private memory there, of which some pages are written; none: the memfd again."""
         assert self.program.stdin is not None
         assert self.program.stdout is not None
-        self.program.stdin.write(f"{page} {count}\n")
+        self.program.stdin.write(f"{page} {count} {filled}\n")
         self.program.stdin.flush()
         self.program.stdout.readline()
-        self.content[page * PAGE : (page + count) * PAGE] = b"\7" * PAGE + bytes((count - 1) * PAGE)
+        new = b"\7" * filled * PAGE + bytes((count - filled) * PAGE)
+        if not filled:
+            new = os.pread(self.fd, count * PAGE, page * PAGE)
+        self.content[page * PAGE : (page + count) * PAGE] = new
 
 
 @contextmanager
@@ -118,7 +125,7 @@ def punched(memory: Shared) -> None:
 
 
 def replaced(memory: Shared) -> None:
-    memory.replace(10, 300)
+    memory.replace(10, 300, 1)
 
 
 def at_random(memory: Shared) -> None:
@@ -206,6 +213,34 @@ def mapped(snapshot: Snapshot, start: int) -> bytes:
             with region, snapshot.restore({each.start: region}, mode="map"):
                 content += region.read()
     return content
+
+
+@pytest.mark.parametrize(("method", "point"), [("precopy", "round 0"), ("cow", "armed")])
+@pytest.mark.parametrize("what", ["core", "snapshot"])
+def test_shared_memory_in_place_of_private(
+    what: str, method: Method, point: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The private pages have been copied; holes and zeros of the memfd must not show them."""
+    with shared() as memory:
+        done: list[str] = []
+
+        def at(name: str) -> None:
+            if name in ("ahead", point) and name not in done:
+                done.append(name)
+                memory.replace(10, 300, 300 if name == "ahead" else 0)
+
+        monkeypatch.setattr(_capture, "barrier", at)
+        path = tmp_path / "one"
+        if what == "core":
+            write_core(memory.process, path, method=method, max_stall_s=LONG_S)
+            with Core(path) as core:
+                assert core.read(memory.start, LENGTH) == bytes(memory.content)
+        else:
+            Snapshot.take(memory.process, path, method=method, shared="pause", max_stall_s=LONG_S)
+            with Snapshot.open(path) as snapshot:
+                assert snapshot.read(memory.start, LENGTH) == bytes(memory.content)
+                assert mapped(snapshot, memory.start) == bytes(memory.content)
+        assert done == ["ahead", point]
 
 
 def test_only_what_differs_is_written() -> None:

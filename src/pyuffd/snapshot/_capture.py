@@ -116,6 +116,8 @@ class Captured:
         longest_wait_s: The longest time that a fault waited for us.
         stop_bytes: Bytes read while it was stopped; of shared memory only changes are written.
         changes: What a tracker reported, and will not report again.
+        written: Pages that were written to their places at any time, also if they are in no
+            layout any more.
     """
 
     method: Used
@@ -134,6 +136,7 @@ class Captured:
     longest_wait_s: float = 0.0
     stop_bytes: int = 0
     changes: Pending | None = None
+    written: memoryview = ranges.NO_RANGES
 
 
 # Tests wait here, or kill the process.

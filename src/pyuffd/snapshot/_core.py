@@ -272,7 +272,7 @@ class _Core:
             tracker=tracker,
         )
         shared = PageRanges.of(self._shared.data).memoryview()
-        self._files.free(ranges.union(self._captured.data, shared))
+        self._files.free(self._captured, ranges.union(self._captured.data, shared))
 
     def _in_stop(self, stop: Stop, _mappings: Mappings, _layout: Sequence[Placed]) -> None:
         self._stop = stop

@@ -94,7 +94,7 @@ class InStop:
         captured.lost = ranges.union(captured.lost, ranges.union(lost, unseen))
         captured.absent = ranges.union(captured.absent, lazy)
         captured.unseen = unseen
-        self._copy.free(captured.data)
+        self._copy.free(captured, captured.data)
 
 
 def _packed(spans: Iterable[Span]) -> memoryview:

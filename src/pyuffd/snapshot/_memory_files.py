@@ -21,7 +21,7 @@ from pyuffd._pages import PAGE_SIZE, round_up
 from pyuffd.pagemap import PageRanges
 from pyuffd.remote import Mapping, MappingKind, Process
 from pyuffd.snapshot import _own_pages
-from pyuffd.snapshot._capture import Placed
+from pyuffd.snapshot._capture import Captured, Placed
 from pyuffd.snapshot._file_pages import Span, extents, is_huge_without_a_file, read
 from pyuffd.snapshot._output import punch
 
@@ -159,9 +159,12 @@ class FilesCopy:
         self._parts += parts
         self._written |= PageRanges.of(result.data)
 
-    def free(self, data: memoryview) -> None:
-        """Free the places of what was copied, and is not among the packed pages of `data`."""
-        stale = self._written - PageRanges(data)
+    def free(self, captured: Captured, data: memoryview) -> None:
+        """Free the places of what was copied, and is not among the packed pages of `data`.
+
+        That includes what was captured of private memory that is shared memory now.
+        """
+        stale = (self._written | PageRanges(captured.written)) - PageRanges(data)
         for part in self._parts if len(stale) else ():
             for each in stale & PageRanges.of([(part.start, part.end)]):
                 punch(self._fd, part.offset + each.start - part.start, each.length)

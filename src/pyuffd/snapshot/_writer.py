@@ -227,6 +227,7 @@ class Writer:
         captured.data = ranges.intersect(self.data, spans)
         captured.zero = ranges.intersect(self.zero, spans)
         captured.lost = ranges.intersect(self.lost, spans)
+        captured.written = self._written
         return captured
 
     def close(self) -> None:
