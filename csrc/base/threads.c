@@ -19,6 +19,21 @@ int uffd_thread_start(pthread_t *thread_ret, const pthread_attr_t *attributes,
 	return -r;
 }
 
+int uffd_thread_start_detached(pthread_t *thread_ret, size_t stack_size, void *(*run)(void *),
+			       void *argument)
+{
+	pthread_attr_t attributes;
+	int r;
+
+	pthread_attr_init(&attributes);
+	pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+	if (stack_size)
+		pthread_attr_setstacksize(&attributes, stack_size);
+	r = uffd_thread_start(thread_ret, &attributes, run, argument);
+	pthread_attr_destroy(&attributes);
+	return r;
+}
+
 void uffd_cond_init(pthread_cond_t *condition)
 {
 	pthread_condattr_t monotonic;

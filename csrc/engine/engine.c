@@ -15,6 +15,7 @@
 #include "space.h"
 #include "stats.h"
 #include "successor.h"
+#include "tracebacks.h"
 
 /*
  * Where to map the unreadable page, if the address is free.  An ioctl checks that its source
@@ -45,6 +46,7 @@ static void forget_parent(void)
 	uffd_alloc_forget_parent();
 	uffd_file_forget_parent();
 	inline_forget_parent();
+	uffd_tracebacks_forget_parent();
 }
 
 static void watch_forks(void)

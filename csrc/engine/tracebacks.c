@@ -87,10 +87,16 @@ static void show_in_process(int number)
 static struct {
 	pthread_mutex_t lock;
 	pthread_cond_t changed;
-	pid_t pid; /* a fork has no such thread */
+	bool is_ready; /* `changed` is made */
 	int number;
 	bool is_busy, is_wanted, has_gil;
 } shower = { .lock = PTHREAD_MUTEX_INITIALIZER };
+
+void uffd_tracebacks_forget_parent(void)
+{
+	pthread_mutex_init(&shower.lock, NULL);
+	shower.is_ready = shower.is_busy = false;
+}
 
 static void *show(void *argument)
 {
@@ -118,27 +124,18 @@ static void *show(void *argument)
 
 static bool start_thread(int number)
 {
-	pthread_attr_t detached;
 	pthread_t thread;
-	int ret;
 
-	if (shower.pid != getpid()) {
+	if (!shower.is_ready)
 		uffd_cond_init(&shower.changed);
-		shower.pid = getpid();
-		shower.is_busy = false;
-	}
+	shower.is_ready = true;
 	if (shower.is_busy)
 		return false;
 	shower.number = number;
-	shower.is_busy = shower.is_wanted = true;
+	shower.is_wanted = true;
 	shower.has_gil = false;
-	pthread_attr_init(&detached);
-	pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
-	ret = uffd_thread_start(&thread, &detached, show, NULL);
-	pthread_attr_destroy(&detached);
-	if (ret)
-		shower.is_busy = false;
-	return !ret;
+	shower.is_busy = !uffd_thread_start_detached(&thread, 0, show, NULL);
+	return shower.is_busy;
 }
 
 /* Return whether a thread with the GIL has done it. */

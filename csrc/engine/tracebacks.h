@@ -16,4 +16,7 @@
  */
 void uffd_show_tracebacks(int number, bool has_gil);
 
+/* In the child of a fork: it has no such thread, and the lock may be the parent's. */
+void uffd_tracebacks_forget_parent(void);
+
 #endif /* UFFD_ENGINE_TRACEBACKS_H */

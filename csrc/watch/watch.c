@@ -249,16 +249,9 @@ static void *watch_main(void *unused)
 
 static int create_thread(size_t stack_size)
 {
-	pthread_attr_t attributes;
 	pthread_t thread;
-	int r;
+	int r = uffd_thread_start_detached(&thread, stack_size, watch_main, NULL);
 
-	pthread_attr_init(&attributes);
-	pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-	if (stack_size)
-		pthread_attr_setstacksize(&attributes, stack_size);
-	r = uffd_thread_start(&thread, &attributes, watch_main, NULL);
-	pthread_attr_destroy(&attributes);
 	/* The thread still exists: it waits for the lock, which we hold. */
 	if (!r)
 		pthread_setname_np(thread, "uffd-watch");

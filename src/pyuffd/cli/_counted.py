@@ -1,4 +1,4 @@
-"""Words for what commands print (layer L6)."""
+"""Words for what commands print (layer L6); they use public names only, so not `_describe`."""
 
 from __future__ import annotations
 
