@@ -1,11 +1,14 @@
 """Scenarios for `_interruptions` with another process, and those of trackers.
 
-However a call is left, the other process runs on as before.
+However a call is left, the other process continues as before. An exception that arrives just as a
+`with` block ends leaves that to the last reference to the object, so each block is in a function
+that has returned when this is checked; garbage collection takes the exception's traceback.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import shutil
 import subprocess
 import tempfile
@@ -40,8 +43,13 @@ def _state(pid: int) -> tuple[str, int]:
 
 
 def stop_process(at: Interrupter) -> None:
-    with target() as process, at.armed(), process.stopped(10) as stop:
-        stop.registers()
+    def stop() -> None:
+        with at.armed(), process.stopped(10) as stop:
+            stop.registers()
+
+    with target() as process:
+        stop()
+        gc.collect()
 
 
 def attach_to_process(at: Interrupter) -> None:
@@ -50,8 +58,13 @@ def attach_to_process(at: Interrupter) -> None:
 
 
 def track_process(at: Interrupter) -> None:
-    with target() as process, at.armed(), DirtyTracker(process) as tracker:
-        tracker.collect().commit()
+    def collect() -> None:
+        with at.armed(), DirtyTracker(process) as tracker:
+            tracker.collect().commit()
+
+    with target() as process:
+        collect()
+        gc.collect()
 
 
 def save_process(at: Interrupter) -> None:
@@ -72,10 +85,15 @@ def track(at: Interrupter) -> None:
 
 
 def track_drops(at: Interrupter) -> None:
-    """A process of its own reads the events; it ends with the tracker."""
-    with Region.memfd(PAGES * PAGE) as region:
+    """A separate process reads the events; it ends with the tracker."""
+
+    def collect() -> None:
         with at.armed(), DirtyTracker(region, watch_drops=True) as tracker:
             tracker.collect().commit()
+
+    with Region.memfd(PAGES * PAGE) as region:
+        collect()
+        gc.collect()
         with Userfaultfd() as uffd:
             uffd.register(region)  # nobody else has it registered any more
 

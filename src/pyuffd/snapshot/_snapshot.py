@@ -71,8 +71,8 @@ class Snapshot(Opened):
     """
 
     def __init__(self, image: Image) -> None:
+        self._all_shares: Shares | None = None  # first: `__del__` closes what is half made
         super().__init__(image)
-        self._all_shares: Shares | None = None
 
     @classmethod
     def take(
