@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -14,6 +16,7 @@ import pytest
 
 from pyuffd.handlers.process import _wire
 from pyuffd.handlers.process._calls import Answer, Call, Message
+from pyuffd.handlers.process._transport import PackedSource
 from tests._child import run_child
 from tests.process._process_sources import StubbornError
 
@@ -50,6 +53,35 @@ def test_large_message(pair: Pair) -> None:
     thread.start()
     assert _wire.receive(theirs) == (data, [])
     thread.join()
+
+
+def test_bodies_keep_what_travels_beside_them() -> None:
+    value = ("before", pickle.PickleBuffer(b""), [pickle.PickleBuffer(b"N." * 9)], {"after": b"x"})
+    assert _wire.unpacked(_wire.packed(value)) == ("before", b"", [b"N." * 9], {"after": b"x"})
+    for plain in (None, (), "text", (1, b"bytes")):
+        assert _wire.unpacked(_wire.packed(plain)) == plain
+
+
+def test_a_source_travels_beside_the_call() -> None:
+    """The keeper, which passes it on, must neither unpickle it nor copy it into a pickle."""
+    blob = b"not a pickle" * 1000
+    source = PackedSource(blob, {"init_main_from_path": "main.py"}, ["path"], ["argv"])
+    body = _wire.packed((source, 1))
+    unpickler = pickle.Unpickler(call := io.BytesIO(body), buffers=[blob])
+    unpickler.load()
+    assert call.tell() <= body.index(blob)
+    assert _wire.unpacked(body) == (source, 1)
+
+
+def test_an_exception_travels_beside_its_description() -> None:
+    """If it cannot be unpickled, its text and its notes arrive all the same."""
+    error = KeyError("page")
+    error.__cause__ = StubbornError("below")
+    sent = _wire.failure_of(error, 4096, 8192)
+    found = _wire.load_failure(_wire.unpacked(_wire.packed(sent)))
+    assert (found.start, found.length) == (4096, 8192)
+    assert (type(found.error), found.error.args) == (KeyError, ("page",))
+    assert "below" in str(found.error.__cause__)
 
 
 @pytest.mark.parametrize("sent", [0, 3, 8, 20, 30])

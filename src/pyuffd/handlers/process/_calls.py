@@ -99,7 +99,10 @@ KINDS = {call: _PLAIN for call in Call} | {
 
 
 class Message(NamedTuple):
-    """One message: the number of the call that it is or answers, its kind, and a pickled body."""
+    """One message: the number of the call that it is or answers, its kind, and a body.
+
+    The body is what `_wire.packed` or `_wire.pickled_error` returns.
+    """
 
     number: int
     word: int  # a `Call`, or an `Answer`

@@ -12,7 +12,6 @@ import contextlib
 import errno
 import mmap
 import os
-import pickle
 import select
 import signal
 import socket
@@ -23,7 +22,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from pyuffd._describe import text_of
 from pyuffd._errors import HandlerError, UffdError, limit_met
@@ -64,10 +63,14 @@ class OwnerGone(Exception):
 
 @dataclass(slots=True)
 class Pending:
-    """A call that has not been answered, with its descriptors."""
+    """A call that has not been answered, with its descriptors.
+
+    `args`: its arguments, if the book needs them.
+    """
 
     message: Message
     fds: list[int]
+    args: tuple[Any, ...]
 
 
 class Keeper:
@@ -82,7 +85,7 @@ class Keeper:
         self._closing = False
         self._replaying = False  # a worker process has yet to apply what its predecessor had read
         first, (uffd, self._owner_pidfd) = _wire.receive(owner)
-        options, workers = pickle.loads(first.body)
+        options, workers = _wire.unpacked(first.body)
         self._shared = mmap.mmap(-1, shared_size(options["fault_log"]))
         self._book = Book(options, workers)
         self._notes = Notes(self._book)
@@ -155,21 +158,24 @@ class Keeper:
             return
         number, call = message.number, Call(message.word)
         if call is Call.PIDS:
-            self._answer(number, pickle.dumps((os.getpid(), self._worker.pid)))
+            self._answer(number, _wire.packed((os.getpid(), self._worker.pid)))
             return
         if call is Call.REPLACE:
             self._give_up_worker()
         if call is Call.SOURCE_FAILURE:
-            self._answer(number, self._failure or pickle.dumps(None))
+            self._answer(number, self._failure or _wire.packed(None))
             return
+        args: tuple[Any, ...] = ()
+        if KINDS[call].changes_book:
+            args = _wire.unpacked(message.body)
         if call is Call.ADD:
             try:
-                fds.append(_states_file(pickle.loads(message.body)[0]))
+                fds.append(_states_file(args[0]))
             except OSError as error:
                 _wire.close_all(fds)
                 self._refuse(number, error)
                 return
-        self._pending[number] = Pending(message, fds)
+        self._pending[number] = Pending(message, fds, args)
         if call is Call.CLOSE:
             self._closing = True
         self._worker.send(message, fds)
@@ -189,7 +195,7 @@ class Keeper:
         self._send_to_owner(Message(0, Answer.DIED, _wire.pickled_error(error)))
 
     def _warn(self, text: str) -> None:
-        self._send_to_owner(Message(0, Answer.WARNING, pickle.dumps(text)))
+        self._send_to_owner(Message(0, Answer.WARNING, _wire.packed(text)))
 
     def _send_to_owner(self, message: Message) -> None:
         self._to_owner += _wire.encode(message)
@@ -248,8 +254,7 @@ class Keeper:
         """Note in the book what a call has changed; close descriptors that it need not keep."""
         what = Call(call.message.word)
         if KINDS[what].changes_book:
-            args = pickle.loads(call.message.body)
-            self._notes.note(what, call.fds, pickle.loads(payload), args)
+            self._notes.note(what, call.fds, _wire.unpacked(payload), call.args)
         _wire.close_all(call.fds)
 
     def _read_report(self) -> None:
@@ -281,8 +286,8 @@ class Keeper:
             start or None,
             length or None,
         )
-        described = _wire.pickled_error(error, with_traceback=False)
-        self._failure = self._failure or pickle.dumps((described, start, length))
+        failure = _wire.failure_of(error, start, length, with_traceback=False)
+        self._failure = self._failure or _wire.packed(failure)
         signal.pidfd_send_signal(self._worker.pidfd, signal.SIGKILL)
         raise WorkerGone
 
@@ -315,8 +320,8 @@ class Keeper:
                 f"the worker process ended {SHORT_LIVES} times in a row: the last one {how}. Pages"
                 " that fault from now on are poisoned"
             )
-            described = _wire.pickled_error(error, with_traceback=False)
-            self._failure = pickle.dumps((described, 0, 0))
+            failure = _wire.failure_of(error, 0, 0, with_traceback=False)
+            self._failure = _wire.packed(failure)
         self._book.restarts += 1
         poisons = ": it poisons pages that fault" if self._book.refusing else ""
         self._warn(f"a worker process {how}, another took over{poisons}")

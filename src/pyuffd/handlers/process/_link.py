@@ -12,7 +12,6 @@ import itertools
 import logging
 import math
 import os
-import pickle
 import select
 import socket
 import sys
@@ -89,7 +88,7 @@ class HelperLink:
 
     def introduce(self, options: object, fds: tuple[int, ...]) -> None:
         """Send the first message, and wait until the helper is ready."""
-        message = Message(0, Call.HELLO, pickle.dumps(options))
+        message = Message(0, Call.HELLO, _wire.packed(options))
         self._post(_Queued(_wire.encode(message, len(fds)), fds))
         self.call(Call.HELLO, limit_s=START_LIMIT_S)
         self._ready = True
@@ -170,7 +169,7 @@ class HelperLink:
 
     def _begin(self, what: Call, args: tuple[object, ...], fds: tuple[int, ...]) -> _Begun:
         number, call = next(self._numbers), _Begun()
-        data = _wire.encode(Message(number, what, pickle.dumps(args)), len(fds))
+        data = _wire.encode(Message(number, what, _wire.packed(args)), len(fds))
         self._calls[number] = call
         self._post(_Queued(data, fds))
         return call
@@ -180,11 +179,11 @@ class HelperLink:
             raise self._lost_error()
         if not call.ok:
             raise _wire.load_error(call.payload)
-        return pickle.loads(call.payload)
+        return _wire.unpacked(call.payload)
 
     def tell(self, what: Call, *args: object) -> None:
         """Make a call without waiting for its result."""
-        message = Message(next(self._numbers), what, pickle.dumps(args))
+        message = Message(next(self._numbers), what, _wire.packed(args))
         self._post(_Queued(_wire.encode(message)))
 
     def _post(self, message: _Queued | None) -> None:
@@ -283,7 +282,7 @@ class HelperLink:
         elif answer == Answer.DIED:
             self._died = _wire.load_error(payload)
         else:
-            log.warning("pyuffd: %s", pickle.loads(payload))
+            log.warning("pyuffd: %s", _wire.unpacked(payload))
 
     def _forget_all(self) -> None:
         """Let every thread that waits know that there will be no answer."""

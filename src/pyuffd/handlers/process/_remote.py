@@ -331,8 +331,7 @@ class RemoteEngine(SoleOwner):
         except HelperLostError as lost:
             return self._stand_in.failure_at(address, lost)
         if found is not None and found[1] <= address < found[1] + found[2]:
-            blob, start, length = found
-            return SourceFailure(_wire.load_error(blob), start, length)
+            return _wire.load_failure(found)
         # An earlier worker may have seen it.
         return known_failure(self.failure(), self.source_failure)
 
@@ -340,10 +339,7 @@ class RemoteEngine(SoleOwner):
     def source_failure(self) -> SourceFailure | None:
         """The first exception of a source."""
         found = self._call(Call.SOURCE_FAILURE)
-        if found is None:
-            return None
-        blob, start, length = found
-        return SourceFailure(_wire.load_error(blob), start, length)
+        return None if found is None else _wire.load_failure(found)
 
     def stats(self) -> HandlerStats:
         """Return the sums of the counters."""

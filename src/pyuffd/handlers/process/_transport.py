@@ -43,6 +43,10 @@ class PackedSource:
     path: list[str]
     argv: list[str]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The keeper, which imports nothing of the program's, passes the blob on as it is.
+        return PackedSource, (pickle.PickleBuffer(self.blob), self.main, self.path, self.argv)
+
 
 class HandlerAtImportError(BaseException):
     """A module that the worker process imports to load a page source makes a Handler.

@@ -19,10 +19,12 @@ from typing import Any
 
 from pyuffd._describe import shortened, text_of, traceback_of
 from pyuffd._errors import limit_met
+from pyuffd.handlers._types import SourceFailure
 from pyuffd.handlers.process._calls import Message
 from pyuffd.handlers.process._transport import MAIN_NAMES
 
 _HEADER = struct.Struct("=IIQI")  # body length, descriptors that come with it, number, word
+_NUMBER = struct.Struct("=Q")
 MAX_FDS = 253  # of one message (SCM_MAX_FD)
 # Python allocates what recvmsg() might return, each time; socket buffers have fewer bytes.
 _PIECE = 1 << 20
@@ -37,6 +39,35 @@ class DescriptorsLostError(Exception):
     def __init__(self, message: Message) -> None:
         super().__init__(f"descriptors did not arrive; {limit_met(errno.EMFILE)}")
         self.message = message
+
+
+def packed(value: object) -> bytes:
+    """Return the body of a message: a pickle, and after it what travels beside it as it is.
+
+    That is every `pickle.PickleBuffer` in the value (PEP 574): a pickled source or exception, which
+    only its reader can unpickle, is never inside another pickle. Their lengths and their number
+    come last.
+    """
+    beside: list[pickle.PickleBuffer] = []
+    body = pickle.dumps(value, 5, buffer_callback=beside.append)
+    if not beside:
+        return body + _NUMBER.pack(0)
+    parts = [part.raw() for part in beside]
+    numbers = [len(part) for part in parts] + [len(parts)]
+    return b"".join([body, *parts, *map(_NUMBER.pack, numbers)])
+
+
+def unpacked(body: bytes) -> Any:
+    """Return the value of a body, with bytes in the place of each PickleBuffer."""
+    end = len(body) - _NUMBER.size
+    (count,) = _NUMBER.unpack_from(body, end)
+    lengths = struct.unpack_from(f"={count}Q", body, end - count * _NUMBER.size)
+    at = end - count * _NUMBER.size - sum(lengths)
+    parts = []
+    for length in lengths:
+        parts.append(body[at : at + length])
+        at += length
+    return pickle.loads(body, buffers=parts)  # what comes after the pickle is not read
 
 
 def send(sock: socket.socket, message: Message, fds: tuple[int, ...] = ()) -> None:
@@ -149,21 +180,35 @@ def pickled_error(error: BaseException, *, with_traceback: bool = True) -> bytes
         blob = file.getvalue()
     text = f"{type(error).__qualname__}: {text_of(error)}"
     cause = error.__cause__
-    below = None if cause is None else pickled_error(cause, with_traceback=False)
-    return pickle.dumps((blob, text, _short(getattr(error, "__notes__", [])), below))
+    below = b"" if cause is None else pickled_error(cause, with_traceback=False)
+    notes = _short(getattr(error, "__notes__", []))
+    return packed((pickle.PickleBuffer(blob), text, notes, pickle.PickleBuffer(below)))
 
 
 def load_error(payload: bytes) -> BaseException:
     """Return the exception, or a RuntimeError that describes it if it cannot be unpickled here."""
-    blob, described, notes, below = pickle.loads(payload)
+    blob, described, notes, below = unpacked(payload)
     error: BaseException = RuntimeError(described)
     if blob:
         with contextlib.suppress(Exception):
             error = pickle.loads(blob)
     error.__notes__ = notes
-    if below is not None:
+    if below:
         error.__cause__ = load_error(below)
     return error
+
+
+def failure_of(
+    error: BaseException, start: int, length: int, *, with_traceback: bool = True
+) -> tuple[pickle.PickleBuffer, int, int]:
+    """Return the failure of a source as it is sent, for `load_failure`."""
+    return pickle.PickleBuffer(pickled_error(error, with_traceback=with_traceback)), start, length
+
+
+def load_failure(sent: tuple[bytes, int, int]) -> SourceFailure:
+    """Return the failure of a source."""
+    error, start, length = sent
+    return SourceFailure(load_error(error), start, length)
 
 
 class _Shortened:

@@ -232,9 +232,9 @@ class WorkerProcess:
     def _answer(self, message: Message, fds: list[int]) -> None:
         call = Call(message.word)
         try:
-            args = pickle.loads(message.body)
+            args = _wire.unpacked(message.body)
             value = self._does[call](*args, *([fds] if KINDS[call].has_fds else []))
-            self._reply(Message(message.number, Answer.DONE, pickle.dumps(value)))
+            self._reply(Message(message.number, Answer.DONE, _wire.packed(value)))
         except BaseException as error:  # the owner raises it
             refused = isinstance(error, UffdError | ValueError) and error.__cause__ is None
             described = _wire.pickled_error(error, with_traceback=not refused)
@@ -246,9 +246,8 @@ class WorkerProcess:
             _wire.sendall(self._control, data)
 
     def _report_failure(self, failure: SourceFailure) -> None:
-        blob = _wire.pickled_error(failure.error)
-        body = pickle.dumps((blob, failure.start, failure.length))
-        self._reply(Message(0, Answer.FAILED, body))
+        sent = _wire.failure_of(failure.error, failure.start, failure.length)
+        self._reply(Message(0, Answer.FAILED, _wire.packed(sent)))
 
     def hello(self) -> None:
         """Answer once the engine exists."""
@@ -366,12 +365,12 @@ class WorkerProcess:
         pages = self._engine.stats().poisoned_pages
         return Failure(pages, 0, 0, errno.EOWNERDEAD, FailureStage.SOURCE)
 
-    def failure_at(self, address: int) -> tuple[bytes, int, int] | None:
+    def failure_at(self, address: int) -> tuple[pickle.PickleBuffer, int, int] | None:
         """Return what a source raised for this page, or what is known of the first failure."""
         found = self._engine.failure_at(address)
         if found is None:
             return None
-        return _wire.pickled_error(found.error), found.start, found.length
+        return _wire.failure_of(found.error, found.start, found.length)
 
     def spaces(self) -> int:
         """Return the number of address spaces served."""
