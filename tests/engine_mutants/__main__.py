@@ -60,6 +60,12 @@ def lines(every: Sequence[Mutant], results: Sequence[Sequence[Run]], tests: int)
     yield "# The library broken on purpose"
     yield ""
     yield (
+        "Which test protects which fix? The pitfalls are those that users of userfaultfd are known "
+        "to have met; each row takes one precaution away and names the tests that fail then. [How "
+        "pyuffd works](../design.md) describes the precautions."
+    )
+    yield ""
+    yield (
         "Written by `make engine-mutants`; do not edit. Each row is this library with one small "
         "change (`tests/engine_mutants/mutants.toml`) that removes one fix of a pitfall. The tests "
         f"named beside it fail with that change every time (runs of each: {len(results[0])}); "

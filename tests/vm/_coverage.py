@@ -293,16 +293,22 @@ def _lines(sources: Sequence[Source], release: str, ended: str) -> Iterator[str]
     yield "# Which lines of the kernel the conformance suite reaches"
     yield ""
     yield (
+        "Which lines and branches of the kernel does the suite run? A line that it does not run is"
+        " listed with the reason, or is a case that is missing. [Tests on another kernel]"
+        "(../kernels.md#which-lines-of-the-kernel-are-reached) tells how to repeat it."
+    )
+    yield ""
+    yield (
         f"Written by `make kernel-coverage`; do not edit. Linux {release}, small configuration, in"
         f" a guest with one CPU: {ended}. Of {' and '.join(WHOLE)} all lines count, of {SCAN} the"
         " functions of PAGEMAP_SCAN, and of the others the lines that name userfaultfd or markers."
         " A branch is one that the compiler made, of conditions that are not assertions (BUG_ON,"
-        " WARN_ON and the like); error checks that user space cannot fail have some, too."
+        " WARN_ON and the like); checks of errors that user space cannot cause have some, too."
     )
     yield ""
     yield (
-        "Lines that have a reason in the last table cannot be reached on purpose; the last two"
-        " columns leave them out, and the branches that lead to them."
+        "Lines with a reason in the last table cannot be reached; the last two columns leave them"
+        " out, and the branches that lead to them."
     )
     yield ""
     yield "| file | lines | branches | lines, of those | branches, of those |"

@@ -456,12 +456,19 @@ def _lines(
     yield "# Kernels broken by machine"
     yield ""
     yield (
+        "Which changes of the kernel would the suite miss? A program changes its source in every"
+        " place where a condition, a bound or a call could be wrong; the last table lists what no"
+        " test noticed, and why."
+    )
+    yield ""
+    yield (
         f"Written by `make machine-mutants`; do not edit. Linux {release} in one kernel with"
         f" {len(mutants)} mutants of its functions, of which one at a time is on. {len(reached)}"
         f" tests of the conformance suite reach {len(places)} of the mutants. Mutants were tried in"
-        f" an order by chance (seed {SEED}), as many as there was time for: **{len(judged)}"
+        f" random order (seed {SEED}), until the time was over: **{len(judged)}"
         f" tried, {len(noticed)} noticed, {len(survivors)} survived**. A survivor has met every"
-        " test that reaches it if the last column says so. docs/kernels.md says how to go on."
+        " test that reaches it if the last column says so. [Tests on another kernel]"
+        "(../kernels.md#kernels-broken-by-machine) tells how to continue."
     )
     yield ""
     yield "| file | mutants | reached by a test | tried | noticed | survived |"

@@ -81,9 +81,14 @@ def _lines(columns: Sequence[Column]) -> Iterator[str]:
     yield "# The conformance suite on released kernels"
     yield ""
     yield (
+        "What do released kernels do, case by case? A row that differs between columns is a "
+        "behaviour that changed."
+    )
+    yield ""
+    yield (
         "Written by `make kernels`; do not edit. Debian's kernels in QEMU guests without hardware "
-        "virtualisation; docs/kernels.md says how to renew rows. docs/generated/conformance.md "
-        "describes the cases."
+        "virtualisation; [Tests on another kernel](../kernels.md) tells how to renew rows; "
+        "[the conformance suite](conformance.md) describes the cases."
     )
     yield ""
     yield "| | " + " | ".join(column.version for column in columns) + " |"

@@ -262,6 +262,12 @@ def _lines(patches: Sequence[Mutant], outcomes: Sequence[Outcome]) -> Iterator[s
     yield "# Kernels broken on purpose"
     yield ""
     yield (
+        "Would the suite notice if a kernel lost what the write-protect series and trackers of "
+        "writes rely on? Each row breaks one thing, and names the tests that fail. [Tests on "
+        "another kernel](../kernels.md#kernels-broken-on-purpose) tells how to repeat it."
+    )
+    yield ""
+    yield (
         f"Written by `make mutants`; do not edit. Each row is Linux {unmodified.release} with one "
         "patch of `tests/vm/mutants`, which breaks one thing: those with a number, what that patch "
         "of the series *userfaultfd-wp: Support shmem and hugetlbfs* gave; the others, what "

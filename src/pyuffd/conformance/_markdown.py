@@ -14,6 +14,10 @@ from pyuffd.testing._memory_types import MEMORY_TYPES
 _HEAD = """\
 # The conformance suite
 
+What does this kernel do with userfaultfd? Each case asks one question, with or without pyuffd, and
+its id names the behaviour that differs if it fails. [Released kernels](kernel-matrix.md) and
+[tests on another kernel](../kernels.md) have results.
+
 Written by `pyuffd conformance list --markdown` from the cases; do not edit.
 
 `pyuffd conformance run [-k EXPR] [--report FILE]` runs the suite from an installed package,
