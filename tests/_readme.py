@@ -31,6 +31,7 @@ class Program:
         ends: How it ends: "" for status 0, "warning" for 0 after a warning, "error" for 1, the
             name of a signal, or "hangs".
         numbers_vary: Whether the numbers in its output differ from run to run.
+        in_container: Whether it runs under a seccomp filter like those of containers.
     """
 
     source: str
@@ -38,6 +39,7 @@ class Program:
     needs: list[str]
     ends: str
     numbers_vary: bool
+    in_container: bool
 
 
 def table(name: str) -> dict[str, dict[str, str]]:
@@ -66,6 +68,7 @@ def programs(page: Path) -> list[Program]:
                 how["needs"].split(",") if "needs" in how else [],
                 how.get("ends", ""),
                 how.get("varies") == "numbers",
+                how.get("in") == "container",
             )
         )
     return found

@@ -23,7 +23,7 @@ from pyuffd import (
     Userfaultfd,
     probe,
 )
-from pyuffd.testing import MEMORY_TYPES, needs, needs_privilege
+from pyuffd.testing import MEMORY_TYPES, needs, needs_privilege, needs_swap
 from pyuffd.testing._needs import needs_kernel_faults
 from pyuffd.testing._run import Expect
 from tests import _readme
@@ -62,6 +62,9 @@ import os, runpy, sys, warnings
 os.chdir({folder!r})
 if {warns!r}:
     warnings.simplefilter("default")
+if {in_container!r}:
+    from tests import seccomp_deny
+    seccomp_deny.deny()
 sys.argv = ["program.py"]
 runpy.run_path(os.path.abspath("program.py"), run_name="__main__")
 """
@@ -73,7 +76,7 @@ VARIES = re.compile(r"0x[0-9a-f]+|\b\d+(?:\.\d+)?\b|(?:/[\w.-]+)+(?=/)")
 HANG_S = 8.0  # the watch speaks after two seconds, once Python has started
 EXPECTED: dict[str, Expect] = {"": 0, "warning": 0, "error": 1, "hangs": "timeout"}
 # Beside these there are Sphinx's directives, in braces.
-KNOWN_FENCES = {"python", "py", "text", "c", "json", "yaml"}
+KNOWN_FENCES = {"python", "py", "console", "text", "c", "json", "yaml"}
 
 
 def marks(program: _readme.Program) -> list[pytest.MarkDecorator]:
@@ -101,6 +104,7 @@ def needs_lack(feature: Feature) -> pytest.MarkDecorator:
 NEEDS: dict[str, Callable[[], pytest.MarkDecorator]] = {
     "kernel-faults": needs_kernel_faults,
     "sysctl-0": needs_refusal,
+    "swap": needs_swap,
     "lacks-RWP": lambda: needs_lack(Feature.RWP),
 }
 
@@ -191,7 +195,11 @@ def test_program(program: _readme.Program) -> None:
     with tempfile.TemporaryDirectory(prefix="page-") as folder:
         Path(folder, "program.py").write_text(program.source)
         result = run_child(
-            RUN.format(folder=folder, warns=program.ends == "warning"),
+            RUN.format(
+                folder=folder,
+                warns=program.ends == "warning",
+                in_container=program.in_container,
+            ),
             budget_s=HANG_S if program.ends == "hangs" else 10,
             expect=ends(program),
         )
@@ -212,7 +220,10 @@ def is_line(text: str, start: str, more: bool) -> bool:
 
 
 def test_an_unknown_fence_is_no_program_that_nobody_runs() -> None:
-    """Blocks of Python are `python` and run here, or `py` and run by test_testing_kit.py."""
+    """Blocks of Python are `python` and run here, or `py` and run by test_testing_kit.py.
+
+    Those of a shell are `console` and run by tests/process/test_sessions.py.
+    """
     for page in _readme.PAGES:
         fences = set(re.findall(r"^\s*```([^{\s]\S*)", page.read_text(), re.MULTILINE))
         assert fences <= KNOWN_FENCES, page
