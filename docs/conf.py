@@ -76,6 +76,9 @@ nitpick_ignore_regex = [
 
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
+# What a prompt copies beside its line: see tests/_sessions.py.
+copybutton_line_continuation_character = "\\"
+copybutton_here_doc_delimiter = "EOF"
 
 # "Kernel: ...  GIL: ...  Threads: ...  Blocks: ..." at the end of a docstring, in one paragraph.
 FACTS = ("Kernel", "GIL", "Threads", "Blocks")
