@@ -5,6 +5,8 @@
  *
  * WHAT  scan     one PAGEMAP_SCAN that reports the written pages (every tenth one)
  *       reset    the same, and write-protects them again in the same call
+ *       content  as reset, and reports of each page whether it has content; a scan for nothing but
+ *                written pages has a shorter path in the kernel (pagemap_scan_pmd_entry)
  *       pagemap  one pread(2) of /proc/self/pagemap
  */
 #include "bench.h"
@@ -18,7 +20,7 @@
 #define DIRTY_STEP 10u
 
 struct scan {
-	enum { SCAN, RESET, PAGEMAP } what;
+	enum { SCAN, RESET, CONTENT, PAGEMAP } what;
 	uint64_t length;
 	uint64_t repeats;
 	uint8_t *start;
@@ -38,8 +40,8 @@ static void do_scan(const struct scan *scan)
 	uint64_t dirty_pages = (scan->length / SMALL_PAGE + DIRTY_STEP - 1) / DIRTY_STEP;
 	struct uffd_pm_scan_arg arg = {
 		.size = sizeof(arg),
-		.flags = scan->what == RESET ?
-			 UFFD_PM_SCAN_WP_MATCHING | UFFD_PM_SCAN_CHECK_WPASYNC : 0,
+		.flags = scan->what == SCAN ?
+			 0 : UFFD_PM_SCAN_WP_MATCHING | UFFD_PM_SCAN_CHECK_WPASYNC,
 		.start = (uintptr_t)scan->start,
 		.end = (uintptr_t)scan->start + scan->length,
 		.vec = (uintptr_t)scan->out,
@@ -47,7 +49,11 @@ static void do_scan(const struct scan *scan)
 		.category_mask = UFFD_PAGE_IS_WRITTEN,
 		.return_mask = UFFD_PAGE_IS_WRITTEN,
 	};
-	long n = ioctl(scan->pagemap, UFFD_PAGEMAP_SCAN, &arg);
+	long n;
+
+	if (scan->what == CONTENT)
+		arg.return_mask |= UFFD_PAGE_IS_PRESENT | UFFD_PAGE_IS_SWAPPED;
+	n = ioctl(scan->pagemap, UFFD_PAGEMAP_SCAN, &arg);
 
 	/* Do not use walk_end: Linux 6.18 leaves it at the last full batch of 512. */
 	if (n < 0 || (uint64_t)n != dirty_pages)
@@ -70,7 +76,7 @@ static uint64_t run_round(void *context, uint64_t *samples)
 	for (uint64_t i = 0; i < scan->repeats; i++) {
 		uint64_t begin_ns;
 
-		if (scan->what == RESET)
+		if (scan->what == RESET || scan->what == CONTENT)
 			dirty(scan);
 		begin_ns = now_ns();
 		if (scan->what == PAGEMAP)
@@ -94,6 +100,8 @@ int main(int argc, char **argv)
 		scan.what = SCAN;
 	else if (!strcmp(argv[1], "reset"))
 		scan.what = RESET;
+	else if (!strcmp(argv[1], "content"))
+		scan.what = CONTENT;
 	else if (!strcmp(argv[1], "pagemap"))
 		scan.what = PAGEMAP;
 	else
