@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from pyuffd import _huge_pages, _machine, _vmas
 from pyuffd._abi import CopyMode, Feature, RegisterMode
@@ -126,9 +125,9 @@ def mergeable(start: int, end: int, pid: int | str = "self") -> Vma | None:
     later writes may not be seen.  smaps is read only if the process has such memory.
     """
     with suppress(Exception):
-        stat = Path(f"/proc/{pid}/ksm_stat")
-        if stat.exists() and "ksm_mergeable: no" in stat.read_text():
-            return None
+        with suppress(FileNotFoundError):
+            if "ksm_mergeable: no" in _machine.read_text(f"/proc/{pid}/ksm_stat"):
+                return None
         for vma in _vmas.overlapping(start, end, pid=pid, details=True):
             if "mg" in vma.flags:
                 return vma
@@ -265,7 +264,7 @@ def is_ordinary_file(vma: Vma) -> bool:
 def _file_systems(pid: int | str) -> dict[int, str]:
     """Return the type of each mounted file system, by device number."""
     found = {}
-    for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines():
+    for line in _machine.read_text(f"/proc/{pid}/mountinfo").splitlines():
         fields = line.split()
         major, minor = map(int, fields[2].split(":"))
         found[os.makedev(major, minor)] = fields[fields.index("-") + 1]

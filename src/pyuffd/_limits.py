@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from pyuffd import _machine
 from pyuffd._errors import UffdOSError, UffdPermissionError, limit_met
-from pyuffd._machine import PROC
+from pyuffd._machine import PROC, read_text
 
 CGROUPS = "/sys/fs/cgroup"
 # Calls that fail with EAGAIN at the limit of processes or threads.
@@ -73,7 +73,7 @@ def why_no_task() -> str:
 
 def _task_limits() -> Iterator[tuple[str, int, int]]:
     # Threads of a process are in one namespace.
-    if os.readlink(PROC / "self/ns/pid") != _pid_namespace_of_children():
+    if os.readlink(f"{PROC}/self/ns/pid") != _pid_namespace_of_children():
         yield (
             "children live in another PID namespace (unshare(CLONE_NEWPID)), so that Linux allows"
             " no threads",
@@ -97,14 +97,14 @@ def _task_limits() -> Iterator[tuple[str, int, int]]:
             text = f"{text.format(name, *sizes)}: raise it (`ulimit {option}`)"
             yield text, mapped + stack, soft
     most = _number("sys/kernel/threads-max")
-    total = int((PROC / "loadavg").read_text().split()[3].partition("/")[2])
+    total = int(read_text(f"{PROC}/loadavg").split()[3].partition("/")[2])
     yield f"kernel.threads-max is {most}, and there are {total}", total, most
 
 
 def _pid_namespace_of_children() -> str:
     """Return the name of the children's PID namespace; "" if it has no process yet."""
     try:
-        return os.readlink(PROC / "self/ns/pid_for_children")
+        return os.readlink(f"{PROC}/self/ns/pid_for_children")
     except FileNotFoundError:
         return ""
 
@@ -122,7 +122,7 @@ def _cgroup_limits() -> Iterator[tuple[str, int, int]]:
 
 def cgroups(controller: str, pid: int | str = "self") -> Iterator[tuple[str, str]]:
     """Yield the name and the folder of each cgroup of a process, the innermost first."""
-    for line in (PROC / f"{pid}/cgroup").read_text().splitlines():
+    for line in read_text(f"{PROC}/{pid}/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
@@ -166,7 +166,7 @@ def _tasks_of(uid: int) -> int:
 
 
 def _status(process: str) -> dict[str, str]:
-    lines = (PROC / process / "status").read_text().splitlines()
+    lines = read_text(f"{PROC}/{process}/status").splitlines()
     return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
 
 
@@ -182,4 +182,4 @@ def _why_refused(code: int, call: str) -> str:
 
 
 def _number(name: str) -> int:
-    return int((PROC / name).read_text())
+    return int(read_text(f"{PROC}/{name}"))

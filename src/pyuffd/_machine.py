@@ -6,13 +6,13 @@ import os
 import resource
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 
 from pyuffd._arguments import check_int
 from pyuffd._pages import PAGE_SIZE
 
-PROC = Path("/proc")
-POOLS = Path("/sys/kernel/mm/hugepages")
+# Not pathlib, whose import would be a sixth of the import of pyuffd.
+PROC = "/proc"
+POOLS = "/sys/kernel/mm/hugepages"
 MAP_HUGETLB = 0x40000
 MAP_NORESERVE = 0x4000  # in the mmap module since Python 3.13
 _SPLIT = 2
@@ -20,12 +20,23 @@ MFD_HUGETLB = 0x4
 SIZE_SHIFT = 26  # MAP_HUGE_SHIFT and MFD_HUGE_SHIFT: log2 of the page size sits above it
 
 
+def read_text(path: str) -> str:
+    """Return what is in a file of procfs or sysfs; names in it need not be UTF-8."""
+    with open(path, errors="replace") as file:
+        return file.read()
+
+
 def sizes() -> list[int]:
     """Return the huge page sizes of this machine in bytes, smallest first."""
     prefix, suffix = "hugepages-", "kB"
+    try:
+        names = os.listdir(POOLS)
+    except FileNotFoundError:
+        return []
     return sorted(
-        int(pool.name.removeprefix(prefix).removesuffix(suffix)) << 10
-        for pool in POOLS.glob(f"{prefix}*{suffix}")
+        int(name.removeprefix(prefix).removesuffix(suffix)) << 10
+        for name in names
+        if name.startswith(prefix) and name.endswith(suffix)
     )
 
 
@@ -100,7 +111,7 @@ def _memory_limits(length: int, accounted: bool) -> Iterator[str]:
         )
     if problem := too_many_mappings():
         yield problem
-    mode = (PROC / "sys/vm/overcommit_memory").read_text().strip()
+    mode = read_text(f"{PROC}/sys/vm/overcommit_memory").strip()
     if mode == "2":
         limit, committed = _meminfo("CommitLimit"), _meminfo("Committed_AS")
         if accounted and committed + length > limit:
@@ -120,8 +131,8 @@ def _memory_limits(length: int, accounted: bool) -> Iterator[str]:
 
 def too_many_mappings(pid: int | str = "self") -> str:
     """Return that a process has as many mappings as vm.max_map_count allows; else ""."""
-    limit = int((PROC / "sys/vm/max_map_count").read_text())
-    with (PROC / str(pid) / "maps").open("rb") as maps:
+    limit = int(read_text(f"{PROC}/sys/vm/max_map_count"))
+    with open(f"{PROC}/{pid}/maps", "rb") as maps:
         count = sum(1 for _ in maps)
     # Registering the middle of a mapping splits it into three, so the kernel refuses earlier.
     if count + _SPLIT < limit:
@@ -150,13 +161,13 @@ def swap_problem() -> str:
     return "this machine has no swap: `swapon FILE` (see mkswap(8)) provides it"
 
 
-def _pool(page_size: int) -> Path:
-    return POOLS / f"hugepages-{page_size >> 10}kB"
+def _pool(page_size: int) -> str:
+    return f"{POOLS}/hugepages-{page_size >> 10}kB"
 
 
 def _count(page_size: int, name: str) -> int:
     try:
-        return int((_pool(page_size) / name).read_text())
+        return int(read_text(f"{_pool(page_size)}/{name}"))
     except FileNotFoundError:
         return 0
 
@@ -164,7 +175,7 @@ def _count(page_size: int, name: str) -> int:
 def status() -> dict[str, int]:
     """Return the sizes of /proc/self/status in bytes."""
     sizes = {}
-    for line in (PROC / "self/status").read_text().splitlines():
+    for line in read_text(f"{PROC}/self/status").splitlines():
         key, _, value = line.partition(":")
         if value.endswith(" kB"):
             sizes[key] = int(value.split()[0]) << 10
@@ -181,7 +192,7 @@ def human_size(size: int) -> str:
 
 
 def _meminfo(key: str) -> int:
-    for line in (PROC / "meminfo").read_text().splitlines():
+    for line in read_text(f"{PROC}/meminfo").splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) << 10
     return 0

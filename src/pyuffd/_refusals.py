@@ -8,9 +8,9 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from pathlib import Path
 
 from pyuffd import lowlevel
+from pyuffd._machine import read_text
 
 SYSCTL = "/proc/sys/vm/unprivileged_userfaultfd"
 _SECCOMP_FILTER = "2"
@@ -88,7 +88,7 @@ def explain_device(code: int) -> tuple[str, str]:
 def _where() -> str:
     """Return " in the initial user namespace" from another one, whose root lacks CAP_SYS_PTRACE."""
     try:
-        initial = Path("/proc/self/uid_map").read_text().split() == _ALL_USERS
+        initial = read_text("/proc/self/uid_map").split() == _ALL_USERS
     except OSError:
         initial = True
     return "" if initial else " in the initial user namespace (this is another one)"
@@ -96,13 +96,13 @@ def _where() -> str:
 
 def _sysctl() -> str:
     try:
-        return Path(SYSCTL).read_text().strip()
+        return read_text(SYSCTL).strip()
     except OSError:
         return "not there"
 
 
 def _has_seccomp_filter() -> bool:
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in read_text("/proc/self/status").splitlines():
         key, _, value = line.partition(":")
         if key == "Seccomp":
             return value.strip() == _SECCOMP_FILTER
@@ -111,7 +111,7 @@ def _has_seccomp_filter() -> bool:
 
 def _misc_minor(name: str) -> int | None:
     try:
-        lines = Path("/proc/misc").read_text().splitlines()
+        lines = read_text("/proc/misc").splitlines()
     except OSError:
         return None
     for line in lines:

@@ -133,3 +133,9 @@ def test_a_thread_that_cannot_start(machine: Path, monkeypatch: pytest.MonkeyPat
         _limits.start_thread(NoThread(name="uffd-w3-0"))
     assert caught.value.errno == errno.EAGAIN
     assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_a_name_that_is_not_utf8(machine: Path) -> None:
+    """Any process may give itself any name; the limit was not told then."""
+    (machine / "self/status").write_bytes(b"Name:\t\xff\nSeccomp:\t2\n")
+    assert "under a seccomp filter" in _limits._why_refused(errno.EPERM, "clone")

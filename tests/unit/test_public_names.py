@@ -6,6 +6,8 @@ import builtins
 import errno
 import inspect
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from types import ModuleType
@@ -95,3 +97,17 @@ def test_the_table_of_errnos() -> None:
         with pytest.raises(UffdOSError) as raised:
             raise_errno("ioctl", getattr(errno, name))
         assert type(raised.value) is UffdOSError, name
+
+
+def test_the_import_is_small() -> None:
+    """Each of these needs as long as a large part of pyuffd, and few programs need all."""
+    large = ("asyncio", "ctypes", "json", "pathlib", "psutil", "socket", "subprocess", "tempfile")
+    program = f"import sys, pyuffd; print(sorted(sys.modules.keys() & {set(large)}))"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", f"import sys; sys.path[:] = {sys.path!r}; {program}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("[]\n", "")

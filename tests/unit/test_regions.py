@@ -36,7 +36,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         for name, count in pages.items():
             (pool / name).write_text(f"{count}\n")
     meminfo = {"Hugepagesize": HUGE, "SwapTotal": 0, "SwapFree": 0}
-    monkeypatch.setattr(_machine, "POOLS", tmp_path)
+    monkeypatch.setattr(_machine, "POOLS", str(tmp_path))
     monkeypatch.setattr(_machine, "_meminfo", meminfo.__getitem__)
     return meminfo
 
@@ -51,12 +51,12 @@ def test_sizes(machine: dict[str, int]) -> None:
 
 @pytest.mark.usefixtures("machine")
 def test_a_reserve_below_zero() -> None:
-    (_machine.POOLS / "hugepages-2048kB/resv_hugepages").write_text(f"{(1 << 64) - 1}\n")
+    Path(_machine.POOLS, "hugepages-2048kB/resv_hugepages").write_text(f"{(1 << 64) - 1}\n")
     assert _machine.free_pages(HUGE) == 5
 
 
 def test_a_machine_without_huge_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_machine, "POOLS", tmp_path / "none")
+    monkeypatch.setattr(_machine, "POOLS", f"{tmp_path}/none")
     assert _machine.sizes() == []
     assert _machine.free_pages(HUGE) == 0
     with pytest.raises(ValueError):

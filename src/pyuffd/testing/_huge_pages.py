@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from pyuffd._machine import POOLS, free_pages
 from pyuffd.testing._memory_types import HUGE_PAGE
 
-POOL = POOLS / "hugepages-2048kB"
+POOL = Path(POOLS, "hugepages-2048kB")
 
 
 class Grown(NamedTuple):
