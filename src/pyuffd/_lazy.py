@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -98,11 +99,7 @@ class LazyRegion(Region):
         traceback: TracebackType | None,
     ) -> None:
         """Stop in another thread, so that an `AsyncSource` of this loop can still answer."""
-        try:
-            self._begin_to_close()
-            await self.handler.__aexit__(exc_type, exc, traceback)
-        finally:
-            self.close()
+        await self.handler._leave(partial(self.__exit__, exc_type, exc, traceback))
 
     def __del__(self) -> None:
         if not getattr(self, "_open", False) or self._pid != os.getpid():

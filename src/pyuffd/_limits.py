@@ -17,6 +17,8 @@ from pyuffd._machine import PROC, read_text
 CGROUPS = "/sys/fs/cgroup"
 # Calls that fail with EAGAIN at the limit of processes or threads.
 MAKE_TASKS = ("clone", "fork", "vfork", "pthread_create")
+# What Python says of pthread_create(3), whose errno it does not tell.
+NO_THREAD = "can't start new thread"
 # The size of a thread's stack in glibc if RLIMIT_STACK is unlimited.
 STACK = 2 << 20
 SECCOMP_FILTER = "2"  # of /proc/PID/status
@@ -36,6 +38,10 @@ def start_thread(thread: threading.Thread) -> None:
     try:
         thread.start()
     except RuntimeError as error:
+        if str(error) != NO_THREAD:  # as in an isolated sub-interpreter: no limit is met
+            raise UffdOSError(
+                errno.EOPNOTSUPP, f"start the thread {thread.name}", hint=str(error)
+            ) from error
         raise UffdOSError(
             errno.EAGAIN, f"start the thread {thread.name}: pthread_create", hint=why_no_task()
         ) from error

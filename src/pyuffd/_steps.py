@@ -105,7 +105,10 @@ async def wait_async(fd: int, event: int, deadline: float | None, end_fd: int = 
         loop.add_reader(end_fd, wake, True)
     try:
         left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
-        if await asyncio.wait_for(ready, left_s):
+        # Not wait_for(): before Python 3.12 it forgets a cancellation that comes with the event.
+        async with asyncio.timeout(left_s):
+            has_ended = await ready
+        if has_ended:
             raise WaitEndedError
     except TimeoutError:
         raise WaitTimeoutError from None

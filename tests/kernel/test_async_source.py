@@ -23,8 +23,10 @@ from pyuffd import (
     Feature,
     Handler,
     HandlerError,
+    PagePoisonedError,
     Region,
     Userfaultfd,
+    lazy,
 )
 from pyuffd.testing import needs
 from tests._child import run_child
@@ -189,6 +191,75 @@ async def cancelled_block() -> None:
 
 def test_cancelled_server() -> None:
     run_child(in_loop_of, "cancelled_block")
+
+
+async def cancelled_twice() -> None:
+    """However often the task is cancelled, the handler stops, and `lazy` closes everything."""
+    for turns in range(4):
+        for is_lazy in (False, True):
+            left = asyncio.Event()
+
+            async def fetch(offset: int, length: int, until: asyncio.Event = left) -> bytes:
+                await until.wait()
+                return DATA.all[offset : offset + length]
+
+            serving = (
+                lazy(fetch, PAGES * PAGE, driver="thread", stall_timeout_s=60.0)
+                if is_lazy
+                else served(fetch, stall_timeout_s=60.0)
+            )
+            made: list[Any] = []
+
+            async def serve(serving: Any = serving, made: list[Any] = made) -> None:
+                async with serving as value:
+                    made[:] = value if isinstance(value, tuple) else (value.handler, value)
+                    await asyncio.Event().wait()
+
+            server = asyncio.create_task(serve())
+            while not made:
+                await asyncio.sleep(0)
+            handler, region = made
+            reader = asyncio.create_task(asyncio.to_thread(region.read, 0, PAGE))
+            while handler.stats().requests == 0:
+                await asyncio.sleep(0.01)
+            for _ in range(3):
+                server.cancel()
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+            with pytest.raises(asyncio.CancelledError):
+                await server
+            with pytest.raises(PagePoisonedError):
+                await reader
+            while "stopped" not in repr(handler) or (is_lazy and not region.closed):
+                await asyncio.sleep(0.01)
+
+
+def test_cancelled_twice() -> None:
+    run_child(in_loop_of, "cancelled_twice", budget_s=30)
+
+
+async def full_executor() -> None:
+    """All threads of the loop's executor may wait, for pages of this handler or for its end."""
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(1))
+    over = threading.Event()
+    waiter = loop.run_in_executor(None, over.wait)
+
+    async def fetch(offset: int, length: int) -> bytes:
+        return DATA.all[offset : offset + length]
+
+    async with served(fetch) as (handler, _):
+        pass
+    assert "stopped" in repr(handler)
+    async with lazy(fetch, PAGES * PAGE, driver="thread") as memory:
+        pass
+    assert memory.closed
+    over.set()
+    await waiter
+
+
+def test_full_executor() -> None:
+    run_child(in_loop_of, "full_executor")
 
 
 async def busy() -> None:

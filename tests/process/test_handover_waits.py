@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +282,58 @@ def transfer_in_a_loop() -> None:
 
 def test_transfer_in_a_loop() -> None:
     run_child(transfer_in_a_loop, budget_s=20)
+
+
+async def cancelled_after(
+    turns: int, work: Coroutine[Any, Any, Any], event: Callable[[], object]
+) -> bool:
+    """Let a task wait, cause its event, and cancel it some turns of the loop later.
+
+    Returns whether it was too late: what the task has got is closed.
+    """
+    task = asyncio.create_task(work)
+    await asyncio.sleep(SHORT_S)
+    event()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    if task.cancel():
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return False
+    (await task).close()
+    return True
+
+
+async def accept_beside(turns: int) -> bool:
+    with listener() as listening, socket.socket(socket.AF_UNIX) as client:
+        work = listening.accept_async()
+        return await cancelled_after(turns, work, lambda: client.connect(listening.path))
+
+
+async def receive_beside(turns: int) -> bool:
+    ours, theirs = socket.socketpair()
+    with ours, theirs, Userfaultfd() as uffd, Region.anonymous(PAGE) as region:
+        uffd.register(region)
+        work = recv_uffd_async(ours)
+        return await cancelled_after(turns, work, lambda: send_uffd(theirs, uffd, [region]))
+
+
+def cancelled_beside_the_event() -> None:
+    """A server that is cancelled as a client connects must not go on with the next client."""
+
+    async def main() -> None:
+        before = open_fds()
+        for beside in (accept_beside, receive_beside):
+            late = [await beside(turns) for turns in range(8)]
+            assert late == sorted(late)
+            assert set(late) == {False, True}
+        assert open_fds() == before
+
+    asyncio.run(main())
+
+
+def test_a_cancellation_beside_the_event_counts() -> None:
+    run_child(cancelled_beside_the_event, budget_s=20)
 
 
 SEND: Any = send_uffd_async

@@ -139,3 +139,16 @@ def test_a_name_that_is_not_utf8(machine: Path) -> None:
     """Any process may give itself any name; the limit was not told then."""
     (machine / "self/status").write_bytes(b"Name:\t\xff\nSeccomp:\t2\n")
     assert "under a seccomp filter" in _limits._why_refused(errno.EPERM, "clone")
+
+
+def test_no_threads_at_all(machine: Path) -> None:
+    """In an isolated sub-interpreter it is no limit that prevents a thread."""
+
+    class Isolated(threading.Thread):
+        def start(self) -> None:
+            raise RuntimeError("thread is not supported for isolated subinterpreters")
+
+    with pytest.raises(UffdOSError, match="isolated subinterpreters") as caught:
+        _limits.start_thread(Isolated())
+    assert caught.value.errno == errno.EOPNOTSUPP
+    assert "threads-max" not in str(caught.value)

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
+from pyuffd._closing import attach
 from pyuffd._describe import repr_of
 from pyuffd._errors import HandlerError
 from pyuffd._latch import Latch
@@ -186,3 +187,50 @@ class Ending:
             return self._progress()
         except Exception:  # in its last steps the ending has no engine to ask
             return None
+
+
+async def leave_in_thread(
+    name: str, leave: Callable[[], None], cut_short: Callable[[], None], failed: str
+) -> None:
+    """Call `leave` in a thread of its own, and wait for it as long as no second cancellation comes.
+
+    It is not a thread of the loop's executor: these may all wait for pages. The first cancellation
+    calls `cut_short`. An error of `leave` is kept with the CancelledError.
+    """
+    import asyncio
+
+    loop = asyncio.get_running_loop()
+    over = loop.create_future()
+
+    def tell(error: BaseException | None) -> None:
+        if not over.done():
+            over.set_result(error)
+
+    def work() -> None:
+        error: BaseException | None = None
+        try:
+            leave()
+        except BaseException as raised:
+            error = raised
+        try:
+            loop.call_soon_threadsafe(tell, error)
+        except RuntimeError:  # the loop was closed: nobody waits
+            if error is not None:
+                log.error("pyuffd: %s: %s", failed, error)
+
+    try:
+        threading.Thread(target=work, name=name, daemon=True).start()
+    except RuntimeError as reason:
+        log.debug("cannot start a thread that leaves the handler: %s", reason)
+        leave()  # it refuses if a page source needs this thread
+        return
+    try:
+        error = await asyncio.shield(over)
+    except asyncio.CancelledError as cancelled:
+        cut_short()
+        error = await asyncio.shield(over)
+        if error is not None:
+            attach(cancelled, error, failed)
+        raise
+    if error is not None:
+        raise error

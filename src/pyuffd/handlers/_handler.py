@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from threading import RLock
 from types import TracebackType
 from typing import Self
@@ -33,6 +34,7 @@ from pyuffd.handlers._checks import (
     choose_driver,
     stall_limit_ns,
 )
+from pyuffd.handlers._ending import leave_in_thread
 from pyuffd.handlers._evicting import EvictsPages
 from pyuffd.handlers._fault_log import FaultLog
 from pyuffd.handlers._filling import FillsPages
@@ -386,16 +388,20 @@ class Handler(ServesMany, FillsPages, TracksWrites, EvictsPages, HoldsFaults, St
         traceback: TracebackType | None,
     ) -> None:
         """Stop in another thread, so that an `AsyncSource` of this loop can still answer."""
-        import asyncio
+        await self._leave(partial(self.__exit__, exc_type, exc, traceback))
 
-        task = asyncio.ensure_future(asyncio.to_thread(self.__exit__, exc_type, exc, traceback))
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError:
-            if self._ending is not None and not task.done():
-                self._ending.cut_short()
-                await asyncio.shield(task)
-            raise
+    async def _leave(self, leave: Callable[[], None]) -> None:
+        """Call a function that stops the handler in another thread; for `async with`.
+
+        A cancellation cuts the end short, a second one does not wait for it; the thread goes on.
+        """
+        if self._pid == os.getpid():
+            self._make_ending(True, check_timeout(None))  # a cancellation finds it from now on
+        await leave_in_thread(self._ending_name, leave, self._cut_short, self._failed)
+
+    def _cut_short(self) -> None:
+        if self._ending is not None:
+            self._ending.cut_short()
 
     def __del__(self) -> None:
         if getattr(self, "_engine", None) is not None and self._pid == os.getpid():

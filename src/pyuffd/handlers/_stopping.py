@@ -79,6 +79,12 @@ class Stops(HandlerBase):
             refuse_sources_thread(engine, list(self._served.values()))
 
     def _stop(self, drain: bool, limit_s: float) -> None:
+        self._make_ending(drain, limit_s)
+        if self._ending is not None:
+            self._ending.wait()
+
+    def _make_ending(self, drain: bool, limit_s: float) -> None:
+        """Make the ending, which begins when somebody waits for it, or shorten an earlier one."""
         self._stops_inside = self._stops_inside or is_held_here(self._lock)
         with self._ending_lock:
             earlier = self._ending
@@ -93,8 +99,6 @@ class Stops(HandlerBase):
                 )
         if earlier is not None:
             earlier.shorten(limit_s)
-        if self._ending is not None:
-            self._ending.wait()
 
     def _finish(self, ending: Ending) -> HandlerError | None:
         """End everything; return what stop() raises. Each step may be repeated."""
