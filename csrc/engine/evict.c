@@ -7,8 +7,8 @@
  * gate: a thread that moves or unmaps it goes on when its event has been read, and may then
  * map something else there, which must stay.  But dropping sends a REMOVE event if those are
  * on, which the leader must read, and that of shared memory may wait for a write(2) to its
- * file, which waits for the leader: then no gate is held meanwhile.  The event makes the page
- * EVICTED, which tells it from one that its owner drops besides.
+ * file, which waits for the leader: then no gate is held meanwhile (see put_going() too).  The
+ * event makes the page EVICTED, which tells it from one that its owner drops besides.
  */
 #define _GNU_SOURCE
 #include <errno.h>

@@ -137,6 +137,14 @@ int put_continue(struct uffd_range *range, uint64_t at, uint64_t length,
 	return uffd_fill_run(&fill, result_ret);
 }
 
+int put_going(struct uffd_range *range, uint64_t page)
+{
+	struct uffd_fill_result result;
+	int r = put_continue(range, page, range->page_size, &result);
+
+	return r == 0 && result.deferred ? -EAGAIN : r;
+}
+
 static void *local_address(const struct uffd_range *range, uint64_t at)
 {
 	return (void *)(uintptr_t)(range->content->local + content_offset(range, at));

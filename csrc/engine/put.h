@@ -16,6 +16,12 @@ int put_zeros(struct uffd_range *range, uint64_t at, uint64_t length, enum fill_
 	      struct uffd_fill_result *result_ret);
 int put_continue(struct uffd_range *range, uint64_t at, uint64_t length,
 		 struct uffd_fill_result *result_ret);
+/*
+ * Map a page that evict() is dropping, while the page cache has it (or -EFAULT).  It is dropped all
+ * the same, but that waits for the lock of its file, which a thread in write(2) has while it waits
+ * for this page.  -EAGAIN: later.
+ */
+int put_going(struct uffd_range *range, uint64_t page);
 /* Fill pages [at, at + length) from memory of this process. */
 int put_bytes(struct uffd_range *range, uint64_t at, uint64_t length, uint64_t source,
 	      enum fill_for why, struct uffd_fill_result *result_ret);

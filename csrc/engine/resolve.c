@@ -261,8 +261,12 @@ static enum outcome resolve_absence(struct uffd_range *range, uint64_t page,
 	uint8_t was;
 	int r;
 
-	if (!claim(range, page, UFFD_PAGE_IN_FLIGHT, &was))
-		return OUTCOME_IN_FLIGHT;
+	if (!claim(range, page, UFFD_PAGE_IN_FLIGHT, &was)) {
+		if (kind != UFFD_KIND_MINOR || (was != UFFD_PAGE_EVICTING && was != UFFD_PAGE_EVICTED))
+			return OUTCOME_IN_FLIGHT;
+		r = put_going(range, page);
+		return r == 0 ? OUTCOME_PRESENT : r == -EAGAIN ? OUTCOME_DEFER : OUTCOME_IN_FLIGHT;
+	}
 	if (was == UFFD_PAGE_POISONED) {
 		/* There is still no content, and COPY would replace the poison. */
 		poison_one(range, page, &put_off);
