@@ -67,6 +67,29 @@ int uffd_owned_eventfd(int32_t *fd_ret)
 	return keep(fd < 0 ? -errno : fd, fd_ret);
 }
 
+/* With a number of at least `least`; `fd` is the caller's no longer. */
+static int keep_above(int fd, int least, int32_t *fd_ret)
+{
+	int r;
+
+	if (fd >= least)
+		return keep(fd, fd_ret);
+	r = uffd_owned_duplicate(fd, least, fd_ret);
+	close(fd);
+	return r;
+}
+
+int uffd_owned_pipe(int least, int32_t *read_ret, int32_t *write_ret)
+{
+	int ends[2], r, other;
+
+	if (pipe2(ends, O_CLOEXEC))
+		return -errno;
+	r = keep_above(ends[0], least, read_ret);
+	other = keep_above(ends[1], least, write_ret);
+	return r ? r : other;
+}
+
 int uffd_owned_pidfd_open(int32_t pid, int32_t *fd_ret)
 {
 	long fd = syscall(SYS_pidfd_open, pid, 0);

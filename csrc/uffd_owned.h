@@ -20,6 +20,7 @@ int uffd_owned_memfd_create(const char *name, uint32_t flags, int32_t *fd_ret);
 /* `least`: the lowest number to use. */
 int uffd_owned_duplicate(int fd, int least, int32_t *fd_ret);
 int uffd_owned_eventfd(int32_t *fd_ret);
+int uffd_owned_pipe(int least, int32_t *read_ret, int32_t *write_ret);
 int uffd_owned_pidfd_open(int32_t pid, int32_t *fd_ret);
 int uffd_owned_close(int32_t *fd);
 /* Move it to another owner. */

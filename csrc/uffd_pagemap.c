@@ -14,9 +14,10 @@
 /* A scan's first vector. Untouched memory costs nothing; 1 MiB saves most scans a second ioctl. */
 #define FIRST_RANGES ((1u << 20) / sizeof(struct uffd_page_region))
 
-void uffd_pagemap_free(void *memory)
+void uffd_pagemap_release(struct uffd_page_ranges *ranges)
 {
-	free(memory);
+	free(ranges->vec);
+	*ranges = (struct uffd_page_ranges){ 0 };
 }
 
 static int pread_entries(int fd, uint64_t start, uint64_t pages, uint64_t *entries, uint64_t *ret)

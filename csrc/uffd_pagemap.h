@@ -19,7 +19,8 @@ struct uffd_page_ranges {
 	uint64_t capacity;
 };
 
-void uffd_pagemap_free(void *memory);
+/* Free an array of ranges, which is empty then; may be called again. */
+void uffd_pagemap_release(struct uffd_page_ranges *ranges);
 
 /* -ESRCH once the address space behind @fd is gone (exit or execve). */
 int uffd_pagemap_alive(int fd);

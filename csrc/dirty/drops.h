@@ -18,7 +18,7 @@ struct uffd_drops;
 int uffd_drops_create(int uffd, struct uffd_drops **drops_ret);
 
 /*
- * Take what was noted since the last call: sorted ranges, to be freed with uffd_pagemap_free().
+ * Take what was noted since the last call: sorted ranges, to be freed with uffd_pagemap_release().
  * That is every event that was read by now; the memory of one is dropped some time after it was
  * read.
  *

@@ -3,7 +3,7 @@
  * Sets of pages as packed ranges: sorted, not overlapping, [start, end).
  *
  * Every function appends its result to an array that the caller frees with
- * uffd_pagemap_free(), also after an error.
+ * uffd_pagemap_release(), also after an error.
  */
 #ifndef UFFD_DIRTY_RANGES_H
 #define UFFD_DIRTY_RANGES_H

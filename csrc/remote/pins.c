@@ -202,8 +202,13 @@ int uffd_remote_reads(int32_t pid, struct uffd_reads *reads_ret)
 		close(fds);
 	closedir(tasks);
 	if (ret) {
-		uffd_pagemap_free(reads_ret->pages.vec);
-		*reads_ret = (struct uffd_reads){ 0 };
+		uffd_remote_free_reads(reads_ret);
+		reads_ret->running = 0;
 	}
 	return ret;
+}
+
+void uffd_remote_free_reads(struct uffd_reads *reads)
+{
+	uffd_pagemap_release(&reads->pages);
 }

@@ -30,5 +30,6 @@ struct uffd_reads {
  * copies through the page table.  0 or -errno of opening /proc/PID/task.
  */
 int uffd_remote_reads(int32_t pid, struct uffd_reads *reads_ret);
+void uffd_remote_free_reads(struct uffd_reads *reads);
 
 #endif /* UFFD_REMOTE_PINS_H */

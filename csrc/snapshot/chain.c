@@ -158,6 +158,13 @@ static bool is_stored(const struct row *row, uint64_t pages_length, uint64_t chu
 	       row->stored <= pages_length && row->offset <= pages_length - row->stored;
 }
 
+void uffd_chain_free(struct uffd_chain *chain)
+{
+	uffd_pagemap_release(&chain->runs);
+	uffd_pagemap_release(&chain->others);
+	uffd_pagemap_release(&chain->pieces);
+}
+
 uint64_t uffd_chain_first_bad(const uint64_t *rows, uint64_t count, uint64_t pages_length,
 			      uint64_t chunk)
 {

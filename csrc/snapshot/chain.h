@@ -37,10 +37,11 @@ struct uffd_chain {
 /*
  * Resolve [start, end) through `depth` tables, the newest first.  A piece has at most `piece`
  * bytes of data, and no hole of that size.  -EINVAL: a row refers to a parent that is not there.
- * What was found is freed by the caller also on failure.
+ * What was found is freed by uffd_chain_free(), also on failure.
  */
 int uffd_chain_resolve(const struct uffd_chain_table *tables, uint64_t depth, uint64_t start,
 		       uint64_t end, uint64_t piece, struct uffd_chain *ret);
+void uffd_chain_free(struct uffd_chain *chain);
 
 /*
  * The first of `count` rows of a file that is out of order, no range of whole pages, or whose content

@@ -113,7 +113,7 @@ int uffd_guard_add(struct uffd_guard *guard, uint64_t start, uint64_t end)
 		return 0;
 	}
 	if (count == UFFD_GUARD_SPANS)
-		return -ENOSPC;
+		return -E2BIG;
 	guard->shared->spans[count].start = start;
 	guard->shared->spans[count].end = end;
 	atomic_store(&guard->shared->count, count + 1);

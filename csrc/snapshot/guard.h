@@ -35,7 +35,7 @@ struct uffd_guard {
 
 /* Start it; it ends with the thread that calls this, at the latest. */
 int uffd_guard_start(struct uffd_guard *guard, int uffd, uint64_t limit_ns);
-/* -ENOSPC: too many. */
+/* -E2BIG: too many. */
 int uffd_guard_add(struct uffd_guard *guard, uint64_t start, uint64_t end);
 /* Lift the protection of all that was added: what the guard does, by this process. */
 void uffd_guard_lift(const struct uffd_guarded *shared, int uffd);

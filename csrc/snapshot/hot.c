@@ -257,6 +257,12 @@ int uffd_hot_plan(const void *rows, uint64_t count, uint32_t percent,
 	return r;
 }
 
+void uffd_hot_plan_free(struct uffd_hot_plan *plan)
+{
+	uffd_pagemap_release(&plan->ranges);
+	uffd_pagemap_release(&plan->windows);
+}
+
 /* Reading ahead */
 
 static uint64_t first_run(const struct uffd_page_region *runs, uint64_t count, uint64_t offset)

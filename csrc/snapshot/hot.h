@@ -38,11 +38,13 @@ int uffd_hot_check(const void *rows, uint64_t count, uint64_t image_pages, uint3
  * Turn rows that at least `percent` of the recordings touched into ranges of memory, in their
  * order but for this: of each `window` bytes the ranges of one memory are put together.  The rows
  * are not trusted: what is outside of the places is left out.  `places` is in the order of
- * offsets, without overlaps.  What was found is freed by the caller also on failure.
+ * offsets, without overlaps.  What was found is freed by uffd_hot_plan_free(), also
+ * on failure.
  */
 int uffd_hot_plan(const void *rows, uint64_t count, uint32_t percent,
 		  const struct uffd_hot_place *places, uint64_t places_count, uint64_t window,
 		  struct uffd_hot_plan *ret);
+void uffd_hot_plan_free(struct uffd_hot_plan *plan);
 
 /*
  * Ask the kernel to read the files of some ranges (begin, end, not used) of one memory.  `runs`

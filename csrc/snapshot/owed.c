@@ -112,8 +112,8 @@ int uffd_owed_change(struct uffd_owed *owed, const struct uffd_page_ranges *befo
 		set_all(owed, &less, false);
 		set_all(owed, &more, true);
 	}
-	uffd_pagemap_free(more.vec);
-	uffd_pagemap_free(less.vec);
+	uffd_pagemap_release(&more);
+	uffd_pagemap_release(&less);
 	return ret;
 }
 

@@ -153,7 +153,7 @@ int uffd_saver_take_noted(struct uffd_saver *saver, struct uffd_page_ranges *ran
 	ret = uffd_pages_as_set(&noted, 0, ranges_ret);
 	if (!ret)
 		ret = uffd_pages_as_set(&noted, UFFD_SAVER_CHANGED, changed_ret);
-	uffd_pagemap_free(noted.vec);
+	uffd_pagemap_release(&noted);
 	return error ? error : ret;
 }
 
@@ -248,8 +248,8 @@ void uffd_saver_destroy(struct uffd_saver **place)
 	uffd_ring_destroy(saver->saving.ring);
 	uffd_cold_close(&saver->saving.cold);
 	uffd_owed_deinit(&saver->saving.owed);
-	uffd_pagemap_free(saver->noted.vec);
-	uffd_pagemap_free(saver->ready.vec);
+	uffd_pagemap_release(&saver->noted);
+	uffd_pagemap_release(&saver->ready);
 	pthread_mutex_destroy(&saver->lock);
 	pthread_cond_destroy(&saver->changed);
 	free(saver);

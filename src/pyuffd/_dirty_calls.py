@@ -11,7 +11,7 @@ from typing import Any
 from pyuffd._enums import Number
 from pyuffd._errors import raise_errno
 from pyuffd._owned import Owner
-from pyuffd._rows import rows_of, take_ranges
+from pyuffd._rows import new_ranges, rows_of, take_ranges
 from pyuffd._shim import ffi, lib
 
 PEEK = lib.UFFD_ROUND_PEEK
@@ -79,7 +79,7 @@ class Found:
 
 def round_(pagemap_fd: int, rows: TrackedRows, flags: int, known: memoryview) -> Found:
     """Scan all mappings; `rows.errors()` tells afterwards which scans failed."""
-    results = [ffi.new("struct uffd_page_ranges *") for _ in range(3)]
+    results = [new_ranges() for _ in range(3)]
     vec, count = rows_of(known)
     code = lib.uffd_round(pagemap_fd, rows._vec, len(rows), flags, vec, count, *results)
     found = Found(*(take_ranges(result) for result in results))
@@ -101,7 +101,7 @@ class DropReader(Owner):
 
     def take(self) -> tuple[memoryview, bool]:
         """Return the ranges of the events since the last call, and whether some are lost."""
-        result, lost = ffi.new("struct uffd_page_ranges *"), ffi.new("uint32_t *")
+        result, lost = new_ranges(), ffi.new("uint32_t *")
         code = lib.uffd_drops_take(self._cell[0], result, lost)
         packed = take_ranges(result)
         if code:
@@ -151,7 +151,7 @@ def bytes_in(a: memoryview, spans: memoryview) -> list[int]:
 def _combined(function: Any, a: memoryview, b: memoryview) -> memoryview:
     first, first_count = rows_of(a)
     second, second_count = rows_of(b)
-    result = ffi.new("struct uffd_page_ranges *")
+    result = new_ranges()
     code = function(first, first_count, second, second_count, result)
     packed = take_ranges(result)
     if code:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyuffd._dirty_calls import intersect
 from pyuffd._errors import raise_errno
-from pyuffd._rows import rows_of, take_ranges
+from pyuffd._rows import new_ranges, owned, rows_of, take_ranges
 from pyuffd._shim import ffi, lib
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ class Pieces:
     def _scan(
         self, pagemap_fd: int, flags: int, within: memoryview | None
     ) -> tuple[memoryview, memoryview]:
-        found = ffi.new("struct uffd_page_ranges *")
-        swapped = ffi.new("struct uffd_page_ranges *")
+        found = new_ranges()
+        swapped = new_ranges()
         limits = ffi.NULL
         if within is not None:
             vec, count = rows_of(within)
@@ -115,7 +115,7 @@ def copy(
         gentle: Let other threads of the machine have the CPU first.
     """
     vec, count = rows_of(ranges)
-    zero, lost = ffi.new("struct uffd_page_ranges *"), ffi.new("struct uffd_page_ranges *")
+    zero, lost = new_ranges(), new_ranges()
     done = ffi.new("uint64_t *")
     flags = lib.UFFD_IMAGE_OVERWRITE if overwrite else 0
     flags |= lib.UFFD_IMAGE_GENTLE if gentle else 0
@@ -148,7 +148,7 @@ def write(
         if_changed: It may even have the same content: read it, and write what differs.
     """
     vec, count = rows_of(ranges)
-    zero = ffi.new("struct uffd_page_ranges *")
+    zero = new_ranges()
     flags = lib.UFFD_IMAGE_OVERWRITE if overwrite else 0
     flags |= lib.UFFD_IMAGE_IF_CHANGED if if_changed else 0
     with ffi.from_buffer("char[]", data) as pointer:
@@ -171,7 +171,7 @@ def be_gentle() -> None:
 
 def differ(a: Buffer, b: Buffer, start: int) -> memoryview:
     """Return the pages in which two buffers of one length differ, as ranges from `start`."""
-    found = ffi.new("struct uffd_page_ranges *")
+    found = new_ranges()
     with ffi.from_buffer("char[]", a) as one, ffi.from_buffer("char[]", b) as other:
         code = lib.uffd_image_differ(one, other, min(len(one), len(other)), start, found)
     packed = take_ranges(found)
@@ -206,14 +206,15 @@ def resolve_chain(tables: Sequence[bytes], start: int, end: int, piece: int) -> 
     Raises:
         UffdOSError: EINVAL - a run refers to a parent that is not there.
     """
-    found = ffi.new("struct uffd_chain *")
+    found = owned("struct uffd_chain", lib.uffd_chain_free)
     owners = [ffi.from_buffer("uint64_t[]", table) for table in tables]
     rows = ffi.new(
         "struct uffd_chain_table[]",
         [(owner, len(table) // 48) for owner, table in zip(owners, tables, strict=True)],
     )
     code = lib.uffd_chain_resolve(rows, len(tables), start, end, piece, found)
-    runs, others, pieces = map(take_ranges, (found.runs, found.others, found.pieces))
+    parts = (found.runs, found.others, found.pieces)
+    runs, others, pieces = (take_ranges(part, found) for part in parts)
     if code:
         raise_errno("snapshot", -code, start, end - start)
     return Chain(runs, others, pieces, int(found.data_bytes), bool(found.is_packed))
@@ -259,12 +260,12 @@ def hot_plan(
 
     `places` are (offset in the image, length, number of the memory, offset in it, page size).
     """
-    found = ffi.new("struct uffd_hot_plan *")
+    found = owned("struct uffd_hot_plan", lib.uffd_hot_plan_free)
     vec = ffi.new("struct uffd_hot_place[]", [tuple(place) for place in places])
     count = len(rows) // int(lib.UFFD_HOT_ROW_SIZE)
     source, _ = rows_of(rows, "char")
     code = lib.uffd_hot_plan(source, count, percent, vec, len(places), window, found)
-    ranges, windows = take_ranges(found.ranges), take_ranges(found.windows)
+    ranges, windows = take_ranges(found.ranges, found), take_ranges(found.windows, found)
     if code:
         raise_errno("reading a working set", -code)
     return HotPlan(ranges, list(_PIECE.iter_unpack(windows)), int(found.bytes))

@@ -110,6 +110,15 @@ class Descriptor(Owner):
         return self
 
     @classmethod
+    def pipe(cls, least: int = 0) -> tuple[Self, Self]:
+        """pipe(2), close-on-exec: the ends to read and to write, both numbers at least `least`."""
+        ends = cls(), cls()
+        code = lib.uffd_owned_pipe(least, ends[0]._cell, ends[1]._cell)
+        if code:
+            raise OSError(-code, os.strerror(-code))
+        return ends
+
+    @classmethod
     def of_process(cls, pid: int) -> Self:
         """pidfd_open(2)."""
         self = cls()

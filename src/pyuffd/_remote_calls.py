@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pyuffd._enums import Number
 from pyuffd._errors import raise_errno, raise_if_short
 from pyuffd._owned import Descriptor, Owner
-from pyuffd._rows import NO_ROWS, rows_of, take_ranges
+from pyuffd._rows import NO_ROWS, new_ranges, owned, rows_of, take_ranges
 from pyuffd._shim import ffi, lib
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def read_ranges_to(
 ) -> tuple[memoryview, int]:
     """As `read_ranges`, to an address of this process."""
     vec, count = rows_of(ranges)
-    lost, out = ffi.new("struct uffd_page_ranges *"), ffi.new("uint64_t *")
+    lost, out = new_ranges(), ffi.new("uint64_t *")
     code = lib.uffd_remote_read(
         pid, vec, count, ffi.cast("void *", address), size, _base(base), lost, out
     )
@@ -88,7 +88,7 @@ def read_ranges_to_file(
 ) -> tuple[memoryview, int]:
     """As `read_ranges`, to a file from an offset on."""
     vec, count = rows_of(ranges)
-    lost, out = ffi.new("struct uffd_page_ranges *"), ffi.new("uint64_t *")
+    lost, out = new_ranges(), ffi.new("uint64_t *")
     code = lib.uffd_remote_read_to_file(pid, vec, count, fd, offset, _base(base), lost, out)
     packed = take_ranges(lost)
     if code:
@@ -149,11 +149,11 @@ def pinners(pid: int) -> Pinners:
 
 def reads(pid: int) -> tuple[memoryview, int]:
     """Return the pages that threads sleep in a read of, packed, and how many threads run."""
-    found = ffi.new("struct uffd_reads *")
+    found = owned("struct uffd_reads", lib.uffd_remote_free_reads)
     if code := -int(lib.uffd_remote_reads(pid, found)):
         raise_if_short(f"open /proc/{pid}/task", OSError(code, ""))
         return NO_ROWS, 0
-    return take_ranges(found.pages), int(found.running)
+    return take_ranges(found.pages, found), int(found.running)
 
 
 def allow_tracer(pid: int) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pyuffd._errors import raise_errno
 from pyuffd._image_calls import Pieces
 from pyuffd._owned import Owner
-from pyuffd._rows import rows_of, take_ranges
+from pyuffd._rows import new_ranges, rows_of, take_ranges
 from pyuffd._shim import ffi, lib
 
 DATA = lib.UFFD_OWED_DATA
@@ -66,7 +66,7 @@ class Saver(Owner):
     def unregistered(self, ranges: memoryview) -> memoryview:
         """Return the ranges whose first page cannot be protected; the others' pages are."""
         vec, count = rows_of(ranges)
-        found = ffi.new("struct uffd_page_ranges *")
+        found = new_ranges()
         code = lib.uffd_saver_unregistered(self._cell[0], vec, count, found)
         packed = take_ranges(found)
         if code:
@@ -78,8 +78,8 @@ class Saver(Owner):
 
         In the second one are those that were dropped, unmapped or moved, not only written.
         """
-        noted = ffi.new("struct uffd_page_ranges *")
-        changed = ffi.new("struct uffd_page_ranges *")
+        noted = new_ranges()
+        changed = new_ranges()
         code = lib.uffd_saver_take_noted(self._cell[0], noted, changed)
         return take_ranges(noted), take_ranges(changed), -code
 
@@ -113,7 +113,7 @@ class Saver(Owner):
 
     def ranges(self, state: int) -> memoryview:
         """Return the pages in a state, by their address at the instant."""
-        found = ffi.new("struct uffd_page_ranges *")
+        found = new_ranges()
         code = lib.uffd_saver_ranges(self._cell[0], state, found)
         packed = take_ranges(found)
         if code:

@@ -14,7 +14,7 @@ from pyuffd._enums import Number
 from pyuffd._errors import raise_errno
 from pyuffd._owned import Descriptor
 from pyuffd._pages import PAGE_SIZE
-from pyuffd._rows import rows_of, take_ranges
+from pyuffd._rows import new_ranges, rows_of, take_ranges
 from pyuffd._shim import ffi, lib
 
 if TYPE_CHECKING:
@@ -305,7 +305,7 @@ def pagemap_count(entries: memoryview, mask: int, value: int) -> int:
 
 def pagemap_runs(entries: memoryview, start: int, mask: int, value: int) -> memoryview:
     """Return the runs of entries whose bits under `mask` are `value`, as ranges from `start`."""
-    ranges = ffi.new("struct uffd_page_ranges *")
+    ranges = new_ranges()
     pointer, count = rows_of(entries, "uint64_t")
     code = lib.uffd_pagemap_runs(pointer, count, start, mask, value, ranges)
     packed = take_ranges(ranges)
@@ -374,7 +374,7 @@ def pagemap_scan_all(
     arg.vec_len, arg.max_pages = vec_len, max_pages
     arg.category_inverted, arg.category_mask = category_inverted, category_mask
     arg.category_anyof_mask, arg.return_mask = category_anyof_mask, return_mask
-    ranges = ffi.new("struct uffd_page_ranges *")
+    ranges = new_ranges()
     out = ffi.new("uint64_t *")
     code = lib.uffd_pagemap_scan_all(fd, arg, ranges, out)
     return take_ranges(ranges), int(out[0]), -code

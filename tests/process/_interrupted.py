@@ -10,18 +10,41 @@ Run one: `python -m tests.process._interrupted SCENARIO lines|checks [FIRST END 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import os
 import socket
+import struct
 import tempfile
 
 from pyuffd import FileSource, Pagemap, Region, Userfaultfd, lazy, probe
+from pyuffd._image_calls import resolve_chain
+from pyuffd._owned import Descriptor
+from pyuffd._rows import state_runs
+from pyuffd._stdio import STDIO
 from pyuffd.handover import connect_unix, listen_unix, recv_uffd, send_uffd
+from pyuffd.snapshot._format import NUMBERS, RunState
 from tests.process._interrupted_handlers import HANDLERS
 from tests.process._interrupted_targets import TARGETS
 from tests.process._interruptions import LARGE, MARK, Interrupter, Scenario, main
 
 PAGE = 4096
 PAGES = 8
+DATA_STATE = NUMBERS[RunState.DATA]
+LIBC = ctypes.CDLL(None)
+M_MMAP_THRESHOLD = -3
+
+
+class MallInfo(ctypes.Structure):
+    """struct mallinfo2 of malloc.h (glibc 2.33)."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
 
 
 # One object at a time.
@@ -176,6 +199,46 @@ def close_lazily_served(at: Interrupter) -> None:
     memory.close()
 
 
+def make_a_pipe(at: Interrupter) -> None:
+    with at.armed():
+        one, other = Descriptor.pipe(STDIO)
+        one.close()
+        other.close()
+
+
+def mapped_by_malloc() -> int:
+    """Return the bytes of large blocks that malloc(3) has mapped."""
+    LIBC.mallopt(M_MMAP_THRESHOLD, 1 << 16)  # and keep it, whatever is freed
+    LIBC.mallinfo2.restype = MallInfo
+    return int(LIBC.mallinfo2().hblkhd)
+
+
+def take_ranges(at: Interrupter) -> None:
+    """Ranges that C has allocated, 1.5 MiB each time."""
+    states = bytes([0, 1]) * (1 << 16)
+    gc.collect()
+    before = mapped_by_malloc()
+    with at.armed():
+        packed = state_runs(states, 0, PAGE, 1)
+        assert len(packed) == 3 << 16
+        del packed
+    gc.collect()
+    assert mapped_by_malloc() == before
+
+
+def resolve_ranges(at: Interrupter) -> None:
+    """The same, where they are parts of another result."""
+    rows = struct.pack("=6Q", 0, 1 << 40, DATA_STATE, 0, 1 << 40, 0)
+    gc.collect()
+    before = mapped_by_malloc()
+    with at.armed():
+        chain = resolve_chain([rows], 0, 1 << 40, 1 << 26)
+        assert len(chain.pieces) == 3 << 14
+        del chain
+    gc.collect()
+    assert mapped_by_malloc() == before
+
+
 def take_a_part(at: Interrupter) -> None:
     with Region.memfd(PAGES * PAGE) as region, at.armed(), region[PAGE:] as part:
         part.memoryview().release()
@@ -185,6 +248,9 @@ OBJECTS: list[Scenario] = [
     serve_lazily,
     close_lazily_served,
     take_a_part,
+    make_a_pipe,
+    take_ranges,
+    resolve_ranges,
     hand_over,
     listen,
     close_listener,

@@ -375,7 +375,8 @@ class _Cow:
                 f" ({self._options.max_stall_s:g} s) for a page to be saved: the protection was"
                 " lifted",
             )
-        raise_errno("saving pages", code)
+        many = "more of its memory was registered or moved than can be noted"
+        raise_errno("saving pages", code, hint=many if code == errno.E2BIG else "")
 
 
 class _Frame(Frame):

@@ -60,7 +60,7 @@ class HelperProcess:
         with starting("socketpair"):
             self.socket, theirs = socketpair_above_stdio()
         with starting("pipe2"):
-            self._life, life = _pipe()
+            self._life, life = Descriptor.pipe(STDIO)
         with theirs, life, _standard_error() as stderr:
             self._open_said()
             self._popen = self._start(theirs.fileno(), stderr.number, life.number)
@@ -242,16 +242,6 @@ def starting(call: str) -> Iterator[None]:
         hint = limit_met(code) if file else _limits.why(code, call)
         text = os.strerror(code) if code else str(error)
         raise cannot_start(f"{file or call}: {text}" + (f"; {hint}" if hint else "")) from error
-
-
-def _pipe() -> tuple[Descriptor, Descriptor]:
-    """Return the ends of a pipe, with other numbers than those of the standard streams."""
-    ends = os.pipe()
-    try:
-        return Descriptor.duplicate(ends[0], STDIO), Descriptor.duplicate(ends[1], STDIO)
-    finally:
-        for end in ends:
-            os.close(end)
 
 
 def _standard_error() -> Descriptor:
