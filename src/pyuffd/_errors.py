@@ -49,6 +49,7 @@ class UffdOSError(UffdError, OSError):
         details = ", ".join(
             f"{key}={value:#x}" if isinstance(value, int) else f"{key}={value}"
             for key, value in data.items()
+            if key != "filename"  # OSError puts it into its text itself
         )
         if details:
             text += f" ({details})"

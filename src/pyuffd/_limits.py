@@ -140,6 +140,43 @@ def cgroups(controller: str, pid: int | str = "self") -> Iterator[tuple[str, str
             path = path.rpartition("/")[0]
 
 
+def oom_kills() -> int:
+    """Return how many processes the kernel has killed for lack of memory; -1 if that is unknown."""
+    with suppress(OSError, ValueError), open(f"{PROC}/vmstat") as lines:
+        for line in lines:
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return -1
+
+
+def room_left(fd: int, code: int) -> str:
+    """Return how full the file system of an open file is, or the limit that a write to it met."""
+    if code not in (errno.ENOSPC, errno.EDQUOT):
+        return limit_met(code)
+    quota = "a disk quota is reached; " if code == errno.EDQUOT else ""
+    with suppress(OSError):
+        room = os.fstatvfs(fd)
+        free, total = (
+            _machine.human_size(blocks * room.f_frsize) for blocks in (room.f_bavail, room.f_blocks)
+        )
+        return f"{quota}its file system has {free} free of {total}"
+    return ""
+
+
+# What writing a file fails with, whoever calls it; EIO and ENOMEM may be of the memory instead.
+_OF_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+def why_not_written(fd: int, code: int) -> str:
+    """Return the name of an open file that could not be written, and why; "" for other errors."""
+    if code not in _OF_FILES:
+        return ""
+    name = f"descriptor {fd}"
+    with suppress(OSError):
+        name = os.readlink(f"/proc/self/fd/{fd}")
+    return ": ".join(filter(None, (name, room_left(fd, code))))
+
+
 def frozen_cgroup(tid: int) -> str:
     """Return the cgroup that keeps a thread frozen; "" if there is none.
 

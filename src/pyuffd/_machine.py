@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 from collections.abc import Iterator
 from contextlib import suppress
 
 from pyuffd._arguments import check_int
+from pyuffd._errors import UffdOSError
 from pyuffd._pages import PAGE_SIZE
 
 # Not pathlib, whose import would be a sixth of the import of pyuffd.
@@ -150,6 +152,19 @@ def why_locked() -> str:
         "new mappings are locked in memory (mlockall), and RLIMIT_MEMLOCK is"
         f" {human_size(limit)}: raise it (`ulimit -l`), or unlock them (munlockall)"
     )
+
+
+def why_no_procfs() -> str:
+    """Return how to get procfs if none is mounted; else ""."""
+    if os.path.exists(f"{PROC}/self"):
+        return ""
+    return "procfs is not mounted (in a chroot?): `mount -t proc proc /proc`"
+
+
+def raise_without_procfs(op: str, error: OSError) -> None:
+    """Raise an error that says so if a file of /proc is missing because no procfs is mounted."""
+    if error.errno == errno.ENOENT and (hint := why_no_procfs()):
+        raise UffdOSError(errno.ENOENT, op, hint=hint) from None
 
 
 def swap_problem() -> str:

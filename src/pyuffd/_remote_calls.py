@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyuffd._enums import Number
 from pyuffd._errors import raise_errno, raise_if_short
+from pyuffd._limits import why_not_written
 from pyuffd._owned import Descriptor, Owner
 from pyuffd._rows import NO_ROWS, new_ranges, owned, rows_of, take_ranges
 from pyuffd._shim import ffi, lib
@@ -92,7 +93,8 @@ def read_ranges_to_file(
     code = lib.uffd_remote_read_to_file(pid, vec, count, fd, offset, _base(base), lost, out)
     packed = take_ranges(lost)
     if code:
-        raise_errno("copying memory to a file", -code, completed=int(out[0]))
+        hint = why_not_written(fd, -code)
+        raise_errno("copying memory to a file", -code, hint=hint, completed=int(out[0]))
     return packed, int(out[0])
 
 

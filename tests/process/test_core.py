@@ -694,7 +694,10 @@ def test_the_filter_of_a_process_that_ends(reaped: bool) -> None:
 def test_disk_full(start: Callable[..., Target]) -> None:
     target = start("big", 8)
     with mounted("tmpfs", size="1M") as folder:
-        fails(target, f"{folder}/core", UffdOSError, errno.ENOSPC)
+        error = fails(target, f"{folder}/core", UffdOSError, errno.ENOSPC)
+        assert isinstance(error, UffdOSError)
+        assert error.filename == f"{folder}/core"
+        assert error.hint.endswith("free of 1 MiB")
         assert os.listdir(folder) == []
         assert os.statvfs(folder).f_bfree > 0, "its space is free again"
 

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 from pyuffd._diagnose import why_unreadable, why_unresolved
 from pyuffd._errors import UffdOSError, raise_errno
+from pyuffd._limits import why_not_written
 from pyuffd._rows import rows_of
 from pyuffd._shim import ffi, lib
 from pyuffd.handlers._bounce import Bounce
@@ -165,7 +166,8 @@ class EnginePages(EngineCalls):
         if code == -errno.EACCES:
             start = served.start + int(reached[0])
             raise _unreadable(start, served.start + offset + length - start, int(out[0]))
-        return _evicted(served, offset + length, code, out, reached)
+        hint = why_not_written(fd, -code)
+        return _evicted(served, offset + length, code, out, reached, hint)
 
     def retry(self, served: RangeId, offset: int, length: int) -> int:
         """Wake what waits, so that it faults again; return how many pages have failed so far."""
@@ -239,10 +241,10 @@ def _raise(
     raise_errno(op, code, start, length, hint=hint, **data)
 
 
-def _evicted(served: RangeId, end: int, code: int, out: Any, reached: Any) -> int:
+def _evicted(served: RangeId, end: int, code: int, out: Any, reached: Any, hint: str = "") -> int:
     if code:
         place, left = served.start + int(reached[0]), end - int(reached[0])
-        _raise("evict", -code, place, left, completed=int(out[0]))
+        _raise("evict", -code, place, left, hint=hint, completed=int(out[0]))
     return int(out[0])
 
 

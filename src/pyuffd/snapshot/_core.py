@@ -18,13 +18,13 @@ from pyuffd.pagemap import PageRanges
 from pyuffd.snapshot import _core_elf
 from pyuffd.snapshot._capture import Options, SnapshotProgress, at_barrier
 from pyuffd.snapshot._core_about import About
-from pyuffd.snapshot._core_file import NewFile, write, write_ends
+from pyuffd.snapshot._core_file import NewFile, write_ends
 from pyuffd.snapshot._core_places import CoreLayout
 from pyuffd.snapshot._core_wanted import VDSO
 from pyuffd.snapshot._lock import only_one
 from pyuffd.snapshot._memory_files import FilesCopied, FilesCopy
 from pyuffd.snapshot._methods import capture
-from pyuffd.snapshot._output import punch
+from pyuffd.snapshot._output import punch, write_at
 
 if TYPE_CHECKING:
     from pyuffd.remote import Mapping, Mappings, Process, RegisterSet, Stop
@@ -131,8 +131,8 @@ def write_core(
         SnapshotError: "busy" - another core or snapshot of it is being written; "stalled" - with
             "precopy", it writes faster than it can be copied.
         UffdOSError: ETIMEDOUT - with "stopped", `max_stall_s` is over; ENOEXEC - a 32-bit program;
-            ENOSPC, EIO, EFBIG - writing failed; others - with "precopy", a userfaultfd cannot be
-            opened in it, see `Process.attach`.
+            ENOSPC, EDQUOT, EIO, EFBIG - writing failed, and `filename` is the path; others -
+            with "precopy", a userfaultfd cannot be opened in it, see `Process.attach`.
         OSError: the folder cannot be written.
         StopTimeoutError, UffdPermissionError: as `Process.stopped` raises them.
         ProcessGoneError: ESRCH - it has exited, or replaced its memory.
@@ -163,6 +163,7 @@ def write_core(
     process.check()
     request = _Request(os.fspath(path), full, max_stall_s, durable, progress)
     begin = time.monotonic()
+    NewFile(request.path).close()  # fail before the process is touched
     with only_one(process):
         try:
             core = _by_method(process, request, cast("Method", method))
@@ -209,7 +210,7 @@ def _written(
     """Write a core by one method; precopy has a tracker."""
     with NewFile(request.path) as file:
         core = _Core(process, file, request)
-        with core.private_files:
+        with core.private_files, file.named():
             core.capture(method, tracker)
             at_barrier("captured")
             core.finish()
@@ -320,9 +321,8 @@ class _Core:
             if placed.mapping in out:
                 punch(fd, placed.offset, placed.end - placed.start)
             elif placed.mapping.path == VDSO:
-                write(
-                    fd, self._process.read(placed.start, placed.end - placed.start), placed.offset
-                )
+                content = self._process.read(placed.start, placed.end - placed.start)
+                write_at(fd, content, placed.offset)
         end = max((part.offset + part.size for part in self._segments), default=_FIRST)
         notes = self._about.notes(self._registers, (one.mapping for one in self._layout.parts))
         self._length = write_ends(fd, end, self._segments, notes)

@@ -8,13 +8,14 @@ import secrets
 from typing import TYPE_CHECKING
 
 from pyuffd._closing import Closing
-from pyuffd._errors import UffdOSError
+from pyuffd._machine import raise_without_procfs
 from pyuffd._owned import Descriptor, FileName
 from pyuffd.snapshot import _core_elf
-from pyuffd.snapshot._output import write_at
+from pyuffd.snapshot._output import named, sync, write_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from pyuffd.snapshot._core_elf import Segment
@@ -59,6 +60,7 @@ class NewFile(Closing):
             if self._file is None:
                 self._file = self._hidden_file()
         except OSError as error:
+            raise_without_procfs(f"make a file in {folder or '.'}", error)
             raise OSError(error.errno, error.strerror, folder or ".") from None
         os.fchmod(self._file.number, _MODE)  # whatever the umask says
 
@@ -66,6 +68,10 @@ class NewFile(Closing):
         """Return the descriptor, which stays this object's."""
         assert self._file is not None
         return self._file.number
+
+    def named(self) -> AbstractContextManager[None]:
+        """Put its name into errors of writing it."""
+        return named(self.path, self.fileno())
 
     def publish(self, *, durable: bool, before: Callable[[], None] | None = None) -> None:
         """Give it its name, if nothing else has the name by now.
@@ -76,7 +82,8 @@ class NewFile(Closing):
         """
         here = self._folder.number
         if durable:
-            os.fsync(self.fileno())
+            with self.named():
+                sync(self.fileno())
         if before is not None:
             before()
         try:
@@ -93,8 +100,9 @@ class NewFile(Closing):
         except OSError as error:
             raise OSError(error.errno, error.strerror, self.path) from None
         if durable:
-            with Descriptor.open(f"/proc/self/fd/{here}", os.O_RDONLY | os.O_DIRECTORY) as folder:
-                os.fsync(folder.number)
+            path, flags = f"/proc/self/fd/{here}", os.O_RDONLY | os.O_DIRECTORY
+            with Descriptor.open(path, flags) as folder, self.named():
+                sync(folder.number)
 
     def close(self) -> None:
         """Close it; without `publish` nothing is left of it."""
@@ -140,20 +148,12 @@ def _unnamed(folder: int) -> Descriptor | None:
         raise
 
 
-def write(fd: int, content: bytes, offset: int) -> None:
-    """Write all of it."""
-    try:
-        write_at(fd, content, offset)
-    except OSError as error:
-        raise UffdOSError(error.errno or errno.EIO, "writing the core") from None
-
-
 def write_ends(fd: int, end: int, segments: Sequence[Segment], notes: bytes) -> int:
     """Write notes and headers behind the memory, and the ELF header last; return the length."""
     phdrs_at = end + len(notes) + -len(notes) % 8
     headers = _core_elf.program_headers(end, len(notes), segments)
     count = len(segments) + 1
     tail = notes.ljust(phdrs_at - end, b"\0") + headers + _core_elf.section_header(count)
-    write(fd, tail, end)
-    write(fd, _core_elf.elf_header(phdrs_at, count, phdrs_at + len(headers)), 0)
+    write_at(fd, tail, end)
+    write_at(fd, _core_elf.elf_header(phdrs_at, count, phdrs_at + len(headers)), 0)
     return end + len(tail)

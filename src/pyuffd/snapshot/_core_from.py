@@ -13,9 +13,10 @@ from pyuffd.snapshot import _core_notes as notes
 from pyuffd.snapshot._capture import SnapshotProgress, at_barrier
 from pyuffd.snapshot._core import CoreFile
 from pyuffd.snapshot._core_elf import PAGE_SIZE, Segment
-from pyuffd.snapshot._core_file import NewFile, write, write_ends
+from pyuffd.snapshot._core_file import NewFile, write_ends
 from pyuffd.snapshot._core_places import BLOCK
 from pyuffd.snapshot._format import MANIFEST, RunState
+from pyuffd.snapshot._output import write_at
 
 if TYPE_CHECKING:
     from pyuffd.snapshot._format import SnapshotRegion
@@ -43,7 +44,8 @@ def write_core(
     about = notes.parse(image.notes_path, raw)
     with NewFile(path) as file:
         core = _Core(image, about, file.fileno(), progress)
-        core.write()
+        with file.named():
+            core.write()
         at_barrier("written")
         file.publish(durable=durable, before=core.tell_of_name)
     facts = image.manifest["facts"]
@@ -132,7 +134,7 @@ class _Core:
             self._add(start, end, region.permissions, 0)
 
     def _keep(self, kept: notes.Kept, end: int) -> None:
-        write(self.fd, kept.content, self._end)
+        write_at(self.fd, kept.content, self._end)
         self._add(kept.start, end, kept.permissions, len(kept.content))
         self.bytes += len(kept.content)
 
@@ -152,7 +154,7 @@ class _Core:
                 continue
             while place.end <= part.start:
                 place = next(places)
-            write(self.fd, self.image.read_part(part), place.offset + part.start - place.start)
+            write_at(self.fd, self.image.read_part(part), place.offset + part.start - place.start)
             self.bytes += part.end - part.start
 
 

@@ -9,13 +9,17 @@ import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 from pyuffd import _image_calls as calls
 from pyuffd._owned import Descriptor
 from pyuffd.snapshot._capture import SnapshotProgress
 from pyuffd.snapshot._format import PAGES
+from pyuffd.snapshot._output import named, sync, write_at
+
+# What mkdir(2) says about the folder that it would be in.
+_OF_PARENT = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def check_absent(path: str | os.PathLike[str]) -> None:
@@ -53,7 +57,11 @@ class NewDirectory:
         """Make it; `__exit__` ends it from here on, also if this raises."""
         for stale in self._stale():
             shutil.rmtree(stale, ignore_errors=True)
-        os.mkdir(self._temporary, 0o700)
+        try:
+            os.mkdir(self._temporary, 0o700)
+        except OSError as error:
+            path = self.path.parent if error.errno in _OF_PARENT else self.path
+            raise OSError(error.errno, error.strerror, str(path)) from None
         self.pages = self._create(PAGES)
         # A process that finds it locked knows that it is not stale.
         fcntl.flock(self.pages.number, fcntl.LOCK_EX)
@@ -74,26 +82,21 @@ class NewDirectory:
 
     def _create(self, name: str) -> Descriptor:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        return Descriptor.open(self._temporary / name, flags, 0o600)
+        try:
+            return Descriptor.open(self._temporary / name, flags, 0o600)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path / name)) from None
 
     def write(self, name: str, content: bytes) -> None:
         """Write a whole file."""
         with self._create(name) as file, self.named(name):
-            view = memoryview(content)
-            while view:
-                view = view[os.write(file.number, view) :]
+            write_at(file.number, content, 0)
             if self._durable:
-                os.fsync(file.number)
+                sync(file.number)
 
-    @contextmanager
-    def named(self, name: str) -> Iterator[None]:
-        """Put the name that a file would have got into an OSError (ENOSPC) of writing it."""
-        try:
-            yield
-        except OSError as error:
-            if error.filename is not None or type(error).__init__ is not OSError.__init__:
-                raise
-            raise OSError(error.errno, error.strerror, str(self.path / name)) from error
+    def named(self, name: str) -> AbstractContextManager[None]:
+        """Put the name that a file would have got into errors of writing it."""
+        return named(str(self.path / name), self.pages.number)
 
     def replace_pages(self) -> Descriptor:
         """Begin a second file that takes the place of `pages` in `settle`."""
@@ -115,7 +118,7 @@ class NewDirectory:
         """Wait until the pages are on the disk, unless that was not asked for."""
         if self._durable:
             with self.named(PAGES):
-                os.fsync(self.pages.number)
+                sync(self.pages.number)
 
     def settle(self, progress: Callable[[SnapshotProgress], None] | None) -> None:
         """Give the directory its name, if nobody else has taken it meanwhile.
@@ -124,20 +127,20 @@ class NewDirectory:
             progress: Told right before.
         """
         if self._durable:
-            _sync_directory(self._temporary)
+            self._sync_directory(self._temporary)
         if progress is not None:
             progress(SnapshotProgress("name"))
         _rename_new(self._temporary, self.path)
         if self._durable:
-            _sync_directory(self.path.parent)
+            self._sync_directory(self.path.parent)
+
+    def _sync_directory(self, path: Path) -> None:
+        flags = os.O_RDONLY | os.O_DIRECTORY
+        with Descriptor.open(path, flags) as folder, named(str(self.path), folder.number):
+            sync(folder.number)
 
     def _remove(self) -> None:
         shutil.rmtree(self._temporary, ignore_errors=True)
-
-
-def _sync_directory(path: Path) -> None:
-    with Descriptor.open(path, os.O_RDONLY | os.O_DIRECTORY) as folder:
-        os.fsync(folder.number)
 
 
 def _rename_new(source: Path, target: Path) -> None:
@@ -149,7 +152,7 @@ def _rename_new(source: Path, target: Path) -> None:
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.ENOTDIR):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
-        raise
+        raise OSError(error.errno, error.strerror, str(target)) from None
 
 
 def _opened(path: Path, flags: int) -> Descriptor:

@@ -23,7 +23,7 @@ from pyuffd.snapshot._capture import Captured, Placed, SnapshotProgress, at_barr
 from pyuffd.snapshot._core_notes import Notes
 from pyuffd.snapshot._file_pages import is_huge_without_a_file
 from pyuffd.snapshot._files import NewDirectory
-from pyuffd.snapshot._format import CHUNK, NUMBERS, Row, Runs, RunState, SnapshotGap
+from pyuffd.snapshot._format import CHUNK, NUMBERS, PAGES, Row, Runs, RunState, SnapshotGap
 from pyuffd.snapshot._gently import gently
 from pyuffd.snapshot._layout import SnapshotLayout
 from pyuffd.snapshot._output import write_at
@@ -50,19 +50,21 @@ def finish(
     of_parent = ranges.NO_RANGES
     if parent is not None and request.tracker is not None:
         of_parent = _rest(layout, captured, parent)
-    layout.private_files.fill(
-        captured,
-        ranges.subtract(_unknown(layout, captured), of_parent),
-        layout.lazy.memoryview(),
-        directory.pages.number,
-        request.rate,
-        request.progress,
-    )
+    with directory.named(PAGES):
+        layout.private_files.fill(
+            captured,
+            ranges.subtract(_unknown(layout, captured), of_parent),
+            layout.lazy.memoryview(),
+            directory.pages.number,
+            request.rate,
+            request.progress,
+        )
     if parent is not None and request.tracker is None:
         of_parent = _compare.unchanged(parent, captured, directory.pages.number)
         captured.data = ranges.subtract(captured.data, of_parent)
         captured.zero = ranges.subtract(captured.zero, of_parent)
-        _compare.free(captured.layout, of_parent, directory.pages.number)
+        with directory.named(PAGES):
+            _compare.free(captured.layout, of_parent, directory.pages.number)
     unfilled = ranges.intersect(_unknown(layout, captured), layout.lazy.memoryview())
     unfilled = ranges.subtract(unfilled, of_parent)
     gaps = (*layout.gaps, *_lost_gaps(captured), *_gaps(unfilled, "unfilled"))
@@ -235,7 +237,8 @@ class _Stored:
                 packed = self._compress(content)
                 if len(packed) >= length:
                     packed = content
-                write_at(self._target.number, packed, self._written)
+                with self._directory.named(PAGES):
+                    write_at(self._target.number, packed, self._written)
                 offset, stored = self._written, len(packed)
                 self._written += stored
             self._rows[index] = (start, length, state, offset, stored, checksum)

@@ -109,8 +109,12 @@ def checked(
         check_int("compress", compress, 1, 23)
         _sums.compressor(compress)
     name = Path(os.path.abspath(path))
-    if not name.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(name.parent))
+    folder = name.parent
+    if not folder.is_dir():
+        code = errno.ENOTDIR if os.path.lexists(folder) else errno.ENOENT
+        raise OSError(code, os.strerror(code), str(folder))
+    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
     return Request(
         str(name),
         method,

@@ -136,7 +136,8 @@ class Snapshot(Opened):
             SnapshotFormatError: the parent is damaged.
             StopTimeoutError: ETIMEDOUT - the process cannot be stopped.
             UffdPermissionError: EPERM, EACCES - ptrace is refused.
-            OSError: ENOSPC, EIO, EFBIG and others - writing the files failed.
+            UffdOSError: ENOSPC, EDQUOT, EIO, EFBIG - writing failed; `filename` is the file.
+            OSError: the directory cannot be created.
 
         Kernel: WP_ASYNC and PAGEMAP_SCAN (Linux 6.7) for precopy; ptrace(2).
         GIL: released while copying.  Blocks: as long as it lasts.
@@ -183,7 +184,8 @@ class Snapshot(Opened):
         Raises:
             FileExistsError: EEXIST - there is something with this name.
             SnapshotFormatError: a chunk was changed.
-            OSError: ENOSPC, EIO and others - writing the files failed.
+            UffdOSError: ENOSPC, EDQUOT, EIO, EFBIG - writing failed; `filename` is the file.
+            OSError: the directory cannot be created, or a file cannot be read.
         """
         return _flatten.flatten(self._checked(), path, durable=durable, progress=progress)
 
@@ -217,7 +219,7 @@ class Snapshot(Opened):
             SnapshotFormatError: a file was changed.
             ValueError: a path that is no file name.
             FileExistsError: EEXIST - something has this name.
-            UffdOSError: ENOSPC, EIO, EFBIG - writing failed.
+            UffdOSError: ENOSPC, EDQUOT, EIO, EFBIG - writing failed; `filename` is the path.
             OSError: the folder cannot be written.
             After each of them there is no file.
 

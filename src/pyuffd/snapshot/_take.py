@@ -16,6 +16,7 @@ from pyuffd.remote._process import Process
 from pyuffd.snapshot._capture import Captured, Options, Used, at_barrier
 from pyuffd.snapshot._files import NewDirectory, check_absent
 from pyuffd.snapshot._finish import finish
+from pyuffd.snapshot._format import PAGES
 from pyuffd.snapshot._in_stop import InStop
 from pyuffd.snapshot._layout import SnapshotLayout
 from pyuffd.snapshot._lock import only_one
@@ -46,12 +47,13 @@ def take(process: Process, request: Request) -> SnapshotReport:
         captured = None
         since = None if request.tracker is None else request.tracker._snapshot
         try:
-            in_stop = InStop(process, layout, directory, request)
-            captured = _captured(process, layout, directory, request, method, in_stop)
-            at_barrier("captured")
+            with directory.named(PAGES):
+                in_stop = InStop(process, layout, directory, request)
+                captured = _captured(process, layout, directory, request, method, in_stop)
+                at_barrier("captured")
+                in_stop.add_to(captured)
             if captured.method != method:
                 reason = "the process writes too fast for precopy"
-            in_stop.add_to(captured)
             report = finish(
                 identity, layout, directory, request, captured, reason, parent, begin, in_stop.notes
             )
