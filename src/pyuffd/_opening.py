@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pyuffd import _refusals, lowlevel
 from pyuffd._abi import USER_MODE_ONLY, Feature, Ioctl, RegisterMode
 from pyuffd._errors import UffdOSError, limit_met, raise_errno
+from pyuffd._machine import raise_without_procfs
 from pyuffd._owned import Descriptor
 
 FDINFO_FEATURES_MASK = 0x7FFF_FFFF  # bit 31 is the kernel's own UFFD_FEATURE_INITIALIZED
@@ -73,6 +74,7 @@ def negotiated(fd: int) -> tuple[Feature, Ioctl]:
     try:
         target = os.readlink(f"/proc/self/fd/{fd}")
     except OSError as error:
+        raise_without_procfs(f"read /proc/self/fd/{fd}", error)
         raise ValueError(f"{fd} is not an open file descriptor") from error
     if target != "anon_inode:[userfaultfd]":
         raise ValueError(f"file descriptor {fd} is {target}, not a userfaultfd")

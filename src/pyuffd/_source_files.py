@@ -13,6 +13,7 @@ from typing import IO
 from pyuffd import _memory
 from pyuffd._arguments import check_path
 from pyuffd._errors import UffdOSError, UffdPermissionError
+from pyuffd._machine import raise_without_procfs
 from pyuffd._open_files import check_open_file
 from pyuffd._owned import Descriptor, MappedMemory
 from pyuffd._pages import PAGE_SIZE
@@ -78,7 +79,12 @@ def mapping_unit(fd: int) -> int:
 
 def name_of(fd: int) -> str:
     """Return the kernel's name of an open file: its path."""
-    return os.readlink(name_in_proc(fd))
+    path = name_in_proc(fd)
+    try:
+        return os.readlink(path)
+    except OSError as error:
+        raise_without_procfs(f"read {path}", error)
+        raise
 
 
 def name_in_proc(fd: int) -> str:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from pyuffd._machine import raise_without_procfs
 from pyuffd._pages import PAGE_SIZE
 
 _HEAD = re.compile(
@@ -77,7 +78,12 @@ def overlapping(
     """
     vma: Vma | None = None
     source = f"/proc/{pid}/{'smaps' if details else 'maps'}"
-    with open(source, encoding="utf-8", errors="surrogateescape") as lines:
+    try:
+        opened = open(source, encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
+    except OSError as error:
+        raise_without_procfs(f"open {source}", error)
+        raise
+    with opened as lines:
         for line in lines:
             # Only lines of details begin with a capital letter.
             if not "A" <= line[0] <= "Z" and (head := _HEAD.match(line)):

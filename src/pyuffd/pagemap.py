@@ -19,6 +19,7 @@ from pyuffd._abi import PageCategory, ScanFlag
 from pyuffd._arguments import check_flags, check_int, check_pid
 from pyuffd._closing import Closing
 from pyuffd._errors import ClosedError, UffdOSError, UnsupportedFeatureError, raise_errno
+from pyuffd._machine import why_no_procfs
 from pyuffd._owned import Descriptor
 from pyuffd._page_ranges import PageEntries, PageRange, PageRanges
 from pyuffd._pages import RangeLike, check_range, resolve_range
@@ -49,9 +50,7 @@ class ScanResult:
 
 def _why_none() -> str:
     """Return why this process finds no pagemap of its own."""
-    if os.path.exists("/proc/self"):
-        return "this kernel was built without CONFIG_PROC_PAGE_MONITOR"
-    return "procfs is not mounted (in a chroot?): `mount -t proc proc /proc`"
+    return why_no_procfs() or "this kernel was built without CONFIG_PROC_PAGE_MONITOR"
 
 
 def check_proc() -> None:
@@ -112,7 +111,7 @@ class Pagemap(Closing):
             self._descriptor = Descriptor.open(path, os.O_RDONLY)
         except OSError as error:
             code = error.errno or errno.EIO
-            if code == errno.ENOENT and (pid is None or not os.path.exists("/proc/self")):
+            if code == errno.ENOENT and (pid is None or why_no_procfs()):
                 raise UffdOSError(code, f"open {path}", hint=_why_none()) from None
             if code == errno.ENOENT:
                 code = errno.ESRCH

@@ -17,7 +17,7 @@ from pyuffd._errors import UffdPermissionError, raise_errno
 from pyuffd._open_files import check_open_file
 from pyuffd._owned import Descriptor, FileName
 from pyuffd._pages import PAGE_SIZE
-from pyuffd._source_files import HUGETLBFS_MAGIC
+from pyuffd._source_files import HUGETLBFS_MAGIC, name_of
 from pyuffd.regions._mapping import RegionKind
 
 TMPFS_MAGIC = 0x01021994
@@ -66,7 +66,7 @@ def facts(fd: int) -> FileFacts:
 
 def describe(fd: int) -> str:
     """Return the kernel's name of an open file."""
-    return os.readlink(f"/proc/self/fd/{fd}")
+    return name_of(fd)
 
 
 def own(file: FileLike, *, writable: bool) -> Descriptor:

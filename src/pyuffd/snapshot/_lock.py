@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pyuffd._errors import SnapshotError
+from pyuffd._machine import raise_without_procfs
 from pyuffd._owned import Descriptor
 from pyuffd.remote._process import Process
 from pyuffd.snapshot._format import PAGES
@@ -19,12 +20,21 @@ def only_one(process: Process) -> Iterator[None]:
     """Hold a lock on the process until the end of the block, or of this process."""
     # A lock on a file of /proc is one on the process: all who open it meet, as long as one has it
     # open, and it ends with its owner.
-    with Descriptor.open(f"/proc/{process.pid}/status", os.O_RDONLY) as file:
+    with _status(process.pid) as file:
         try:
             fcntl.flock(file.number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SnapshotError("busy", _who(process.pid, file.number)) from None
         yield
+
+
+def _status(pid: int) -> Descriptor:
+    path = f"/proc/{pid}/status"
+    try:
+        return Descriptor.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise_without_procfs(f"open {path}", error)
+        raise
 
 
 def _who(pid: int, fd: int) -> str:
