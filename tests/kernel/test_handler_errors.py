@@ -494,6 +494,36 @@ def test_populate_without_huge_pages(driver: AnyDriver, shared: bool) -> None:
     run_child(fills_what_it_can, driver, shared)
 
 
+def fills_from_here_what_it_can(driver: AnyDriver) -> None:
+    """`Handler.fill` says what was full, as `populate` does."""
+    from pyuffd.handlers import _handler
+
+    _handler.RETRY_LIMIT_S = 0.2
+    features = Feature.SIGBUS if driver == "inline" else Feature(0)
+    with (
+        unreserved_huge_pages(3, have=2) as region,
+        Userfaultfd(features=features) as uffd,
+        Handler(uffd, driver=driver) as handler,
+    ):
+        data = content(region.length)
+        handler.serve(region, BufferSource(data) if driver == "native" else ZeroSource())
+        with pytest.raises(
+            UffdOSError, match=r"no huge page was free .*hugetlbfs mount of .* 0 of its 2"
+        ) as caught:
+            handler.fill(region, 0, data)
+        assert caught.value.errno == errno.ENOMEM
+        assert caught.value.start == region.start + 2 * HUGE_PAGE
+        assert caught.value.data["completed"] == 2 * HUGE_PAGE
+        assert states(handler, region) == [CLEAN, CLEAN, ABSENT]
+
+
+@needs_privilege()
+@needs_hugepages(2)
+@pytest.mark.parametrize("driver", ["native", "inline", "thread", "process"])
+def test_fill_without_huge_pages(driver: AnyDriver) -> None:
+    run_child(fills_from_here_what_it_can, driver)
+
+
 @needs_privilege()
 @needs_hugepages(1)
 @pytest.mark.parametrize("driver", ["native", "inline", "thread"])

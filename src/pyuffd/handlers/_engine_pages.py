@@ -79,6 +79,10 @@ class EnginePages(EngineCalls):
 
     def _why_not_populated(self, served: RangeId, address: int, code: int) -> str:
         """Return why `populate` could not fill a page, or ""."""
+        return self._why_no_memory(served, address, code)
+
+    def _why_no_memory(self, served: RangeId, address: int, code: int) -> str:
+        """Return what was full when no memory was found for a page for seconds, or ""."""
         return "" if served.space else why_unresolved(code, address, self._owner_pid or "self")
 
     def preserve(self, served: RangeId, offset: int, length: int, *, unprotect: bool) -> int:
@@ -210,7 +214,8 @@ class EnginePages(EngineCalls):
         )
         if code:
             place, left = served.start + int(reached[0]), offset + length - int(reached[0])
-            _raise("fill", -code, place, left, completed=int(out[0]))
+            hint = self._why_no_memory(served, place, -code)
+            _raise("fill", -code, place, left, hint=hint, completed=int(out[0]))
         return int(out[0])
 
     def fill_from_files(self, served: RangeId, rows: memoryview, files: FileRuns) -> int:
