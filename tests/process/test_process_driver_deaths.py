@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import mmap
 import os
+import re
 import signal
 import socket
 import threading
@@ -23,6 +25,7 @@ from pyuffd import (
     FileSource,
     Handler,
     HandlerError,
+    PagePoisonedError,
     PageState,
     Region,
     RegisterMode,
@@ -120,8 +123,36 @@ def crashing() -> None:
         os.write(pipe[1], view[PAGE : PAGE + 1])
     assert handler.stats().restarts >= 2
     assert other.read() == bytes(LENGTH)
+    with pytest.raises(PagePoisonedError) as poisoned:
+        region.read(2 * PAGE, 1)
+    assert "killed by SIGSEGV" in str(poisoned.value.__cause__)
     raised = stopped(handler)
     assert "killed by SIGSEGV" in str(raised.__cause__)
+    said = (
+        r"worker processes ended 5 times in a row: the last one, \d+, was killed by SIGSEGV while"
+    )
+    assert re.search(rf"{said} it worked on 1 page at {region.start + PAGE:#x}", str(raised)), (
+        raised
+    )
+
+
+def what_is_said_of_a_kill() -> None:
+    """Which process, by which signal, what it was doing, and what happens now."""
+    texts: list[str] = []
+    log = logging.Handler()
+    log.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("pyuffd").addHandler(log)
+    handler, region = serve(sources.KilledOnce(str(Path.cwd() / "killed")))
+    _, worker = processes(handler)
+    assert region.read(PAGE, PAGE) == content(2 * PAGE)[PAGE:]
+    handler.stop()
+    (text,) = texts
+    assert text.startswith(f"pyuffd: worker process {worker} was killed by SIGKILL ("), text
+    assert "for lack of memory" in text
+    place = f"{region.start + PAGE:#x} (offset {PAGE:#x} of <Region "
+    assert f" while it worked on 1 page at {place}" in text, text
+    assert ", served from <tests.process._process_sources.KilledOnce" in text, text
+    assert text.endswith("; another one takes over and asks the sources again"), text
 
 
 def states_survive() -> None:
@@ -534,6 +565,7 @@ CHECKS: dict[Callable[[], None], Feature] = {
     faults_wait: Feature(0),
     held_faults: Feature(0),
     killed_by_its_source: Feature(0),
+    what_is_said_of_a_kill: Feature(0),
     crashing: Feature.POISON,
     states_survive: Feature.EVENT_REMOVE | Feature.EVENT_REMAP,
     moved_memory: Feature.EVENT_REMAP | Feature.EVENT_UNMAP | Feature.EVENT_REMOVE,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import signal
 import threading
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from pyuffd import PartialResolveError, UffdOSError, UffdPermissionError, _limits
 from pyuffd._errors import limit_met
+from pyuffd.handlers.process._start import how_killed
 
 UNLIMITED = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
 
@@ -152,3 +154,21 @@ def test_no_threads_at_all(machine: Path) -> None:
         _limits.start_thread(Isolated())
     assert caught.value.errno == errno.EOPNOTSUPP
     assert "threads-max" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        (3, 3, "by a process, perhaps itself, and not by the kernel for lack of memory"),
+        (3, 4, "the kernel has killed 1 process for lack of memory meanwhile: see dmesg"),
+        (3, 5, "the kernel has killed 2 processes for lack of memory meanwhile: see dmesg"),
+        (-1, 5, "by another process, or by the kernel for lack of memory: see dmesg"),
+    ],
+)
+def test_who_may_have_killed_a_process(
+    before: int, now: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "vmstat").write_text(f"nr_free_pages 7\noom_kill {now}\nzone_reclaim_success 0\n")
+    monkeypatch.setattr(_limits, "PROC", tmp_path)
+    assert how_killed(signal.SIGKILL, before) == f"was killed by SIGKILL ({said})"
+    assert how_killed(signal.SIGSEGV, before) == "was killed by SIGSEGV"

@@ -18,7 +18,7 @@ from pyuffd._arguments import (
     check_seconds,
     shown,
 )
-from pyuffd._describe import counted
+from pyuffd._describe import counted, text_of
 from pyuffd._diagnose import why_unresolved
 from pyuffd._errors import HandlerError
 from pyuffd._pages import (
@@ -202,12 +202,15 @@ def handler_error(failure: Failure, source: SourceFailure | None) -> HandlerErro
     if not address and source is not None:
         address, length = source.start, source.length
     place = f" at {address:#x}" if address else ""
+    why = failure.text
+    if failure.error == errno.EOWNERDEAD and source is not None:  # which, and what ended it
+        why = text_of(source.error)
     hint = why_unresolved(failure.error, address)
     error = HandlerError(
-        f"{what}{place}: {os.strerror(failure.error)} ({counted(failure.count, 'page')} in all)"
+        f"{what}{place}: {why} ({counted(failure.count, 'page')} in all)"
         + (f"; {hint}" if hint else ""),
         address or None,
         length or None,
     )
-    error.__cause__ = source.error if source else OSError(failure.error, os.strerror(failure.error))
+    error.__cause__ = source.error if source else OSError(failure.error, failure.text)
     return error

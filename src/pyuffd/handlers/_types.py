@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from array import array
 from dataclasses import dataclass, replace
@@ -200,6 +201,13 @@ class Failure:
     length: int
     error: int
     stage: FailureStage
+
+    @property
+    def text(self) -> str:
+        """The errno in words."""
+        if self.error == errno.EOWNERDEAD:
+            return "the helper process of its handler has ended"
+        return os.strerror(self.error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -422,5 +430,5 @@ def known_failure(failure: Failure | None, source: SourceFailure | None) -> Sour
     """Return the first failure as an exception with its pages."""
     if source is not None or failure is None:
         return source
-    error = OSError(failure.error, os.strerror(failure.error))
+    error = OSError(failure.error, failure.text)
     return SourceFailure(error, failure.address, failure.length)

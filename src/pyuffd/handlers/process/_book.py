@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pyuffd._abi import Feature
-from pyuffd.handlers._types import EngineOptions, Piece, RangeSpec
+from pyuffd._describe import counted
+from pyuffd.handlers._types import IN_FLIGHT, EngineOptions, Piece, RangeSpec
 
 Range = tuple[int, int]  # start, length
+# Bytes of states that are read at a time, one for each page.
+STATES_READ = 1 << 20
+
+
+class AtWork(NamedTuple):
+    """What a worker process was working on: pages, and address and size of the first one."""
+
+    pages: int = 0
+    start: int = 0
+    length: int = 0
+    where: str = ""
+
+    def __str__(self) -> str:
+        if not self.pages:
+            return ""
+        first = "" if self.pages == 1 else ", the first"
+        return f" while it worked on {counted(self.pages, 'page')}{first} at {self.where}"
 
 
 @dataclass(slots=True)
@@ -70,3 +90,30 @@ class Book:
     restarts: int = 0
     reported: int = 0  # the last layout event that a worker process reported
     rescued: list[int] = field(default_factory=list)  # forks that the last one had not reported
+
+    def at_work(self) -> AtWork:
+        """Return what the worker process is working on, or was when it ended."""
+        found = AtWork()
+        for served in self.served.values():
+            spec = served.spec
+            pages, first = _in_flight(served.fds[-1], spec.length // spec.page_size)
+            if pages and not found.pages:
+                offset = first * spec.page_size
+                start = spec.start + offset
+                where = f"{start:#x} (offset {offset:#x} of {spec.label or 'a range'})"
+                found = AtWork(pages, start, spec.page_size, where)
+            elif pages:
+                found = found._replace(pages=found.pages + pages)
+        return found
+
+
+def _in_flight(fd: int, pages: int) -> tuple[int, int]:
+    """Return how many pages of a file of states are in flight, and the first of them."""
+    count = first = 0
+    for at in range(0, pages, STATES_READ):
+        states = os.pread(fd, min(STATES_READ, pages - at), at)
+        found = [states.find(one) for one in IN_FLIGHT if one in states]
+        if found and not count:
+            first = at + min(found)
+        count += sum(map(states.count, IN_FLIGHT))
+    return count, first

@@ -13,7 +13,6 @@ import errno
 import mmap
 import os
 import select
-import signal
 import socket
 import struct
 import sys
@@ -26,7 +25,7 @@ from typing import Any, NoReturn
 
 from pyuffd._describe import text_of
 from pyuffd._errors import HandlerError, UffdError, limit_met
-from pyuffd.handlers._types import IN_FLIGHT, Piece, RangeSpec, ReportKind
+from pyuffd.handlers._types import Piece, RangeSpec, ReportKind
 from pyuffd.handlers.process import _wire
 from pyuffd.handlers.process._book import Book, SpaceBook
 from pyuffd.handlers.process._calls import KINDS, Answer, Call, Message
@@ -37,7 +36,6 @@ from pyuffd.handlers.process._worker_handle import (
     SEND_LIMIT_S,
     WorkerGone,
     WorkerHandle,
-    how_ended,
     named,
 )
 
@@ -279,27 +277,18 @@ class Keeper:
 
     def _give_up_worker(self) -> NoReturn:
         """Kill a worker process that does not answer; its successor poisons."""
-        start, length = self._asked_for()
+        at_work = self._book.at_work()
         self._book.refusing = self._book.gave_up = True
         error = HandlerError(
-            "the worker process did not answer: a page source may hold its GIL",
-            start or None,
-            length or None,
+            f"worker process {self._worker.pid} did not answer{at_work}: a page source may hold"
+            " its GIL",
+            at_work.start or None,
+            at_work.length or None,
         )
-        failure = _wire.failure_of(error, start, length, with_traceback=False)
+        failure = _wire.failure_of(error, at_work.start, at_work.length, with_traceback=False)
         self._failure = self._failure or _wire.packed(failure)
-        signal.pidfd_send_signal(self._worker.pidfd, signal.SIGKILL)
+        self._worker.kill("its keeper, as it did not answer")
         raise WorkerGone
-
-    def _asked_for(self) -> tuple[int, int]:
-        """Return address and length of the first page that a source was asked for, or (0, 0)."""
-        for served in self._book.served.values():
-            spec = served.spec
-            states = os.pread(served.fds[-1], spec.length // spec.page_size, 0)
-            asked = [at for at in (states.find(one) for one in IN_FLIGHT) if at >= 0]
-            if asked:
-                return spec.start + min(asked) * spec.page_size, spec.page_size
-        return 0, 0
 
     def _replace_worker(self) -> None:
         """Start another worker process, which continues from the last report of this one."""
@@ -309,22 +298,24 @@ class Keeper:
         self._short_lives = self._short_lives + 1 if lived_s < short_s else 0
         if self._closing:
             sys.exit()
-        how = how_ended(exit_code, self._worker.error)
+        how = f"{self._worker.how_ended(exit_code)}{self._book.at_work()}"
+        pid = self._worker.pid
         if self._worker.error is not None and not self._book.restarts:
-            raise HandlerError(f"the worker process cannot start: it {how}")
+            raise HandlerError(f"worker process {pid} cannot start: it {how}")
         if self._short_lives >= GIVE_UP_AFTER:
-            raise HandlerError(f"the worker process dies again and again; the last one {how}")
+            raise HandlerError(
+                f"the worker process dies again and again; the last one, {pid}, {how}"
+            )
         if self._short_lives == SHORT_LIVES:
             self._book.refusing = self._book.gave_up = True
             error = HandlerError(
-                f"the worker process ended {SHORT_LIVES} times in a row: the last one {how}. Pages"
-                " that fault from now on are poisoned"
+                f"worker processes ended {SHORT_LIVES} times in a row: the last one, {pid}, {how}"
             )
             failure = _wire.failure_of(error, 0, 0, with_traceback=False)
             self._failure = _wire.packed(failure)
         self._book.restarts += 1
-        poisons = ": it poisons pages that fault" if self._book.refusing else ""
-        self._warn(f"a worker process {how}, another took over{poisons}")
+        does = "poisons pages that fault" if self._book.refusing else "asks the sources again"
+        self._warn(f"worker process {pid} {how}; another one takes over and {does}")
         self._worker = self._start_successor()
         for call in list(self._pending.values()):
             self._worker.send(call.message, call.fds)

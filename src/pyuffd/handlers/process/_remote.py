@@ -6,6 +6,7 @@ Calls go over one socket (`_link`) to the keeper (`_keeper`), and from there to 
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Sequence
@@ -333,7 +334,11 @@ class RemoteEngine(SoleOwner):
         if found is not None and found[1] <= address < found[1] + found[2]:
             return _wire.load_failure(found)
         # An earlier worker may have seen it.
-        return known_failure(self.failure(), self.source_failure)
+        failure, source = self.failure(), self.source_failure
+        gave_up = failure is not None and failure.error == errno.EOWNERDEAD
+        if gave_up and source is not None:  # whatever page it is
+            return SourceFailure(source.error, address, 1)
+        return known_failure(failure, source)
 
     @property
     def source_failure(self) -> SourceFailure | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pyuffd import _limits
+from pyuffd._describe import counted
 from pyuffd._errors import HelperLostError, limit_met
 from pyuffd._owned import Descriptor
 from pyuffd._stdio import STDIO, socketpair_above_stdio
@@ -50,6 +51,7 @@ class HelperProcess:
     def __init__(self) -> None:
         self._lock = threading.RLock()  # guards the members below
         self._how = ""
+        self._oom_kills = _limits.oom_kills()
         self._said = Descriptor()
         self._pidfd = Descriptor()
         self._life = Descriptor()
@@ -169,9 +171,7 @@ class HelperProcess:
         elif status.si_code == os.CLD_EXITED:
             how = f"has ended with exit code {status.si_status}"
         else:
-            how = f"was killed by {signal_name(status.si_status)}"
-            if status.si_status == signal.SIGKILL:
-                how += " (by another process, or by the kernel for lack of memory: see dmesg)"
+            how = how_killed(status.si_status, self._oom_kills)
         lines = self.said.splitlines()
         if not lines:
             return how
@@ -217,7 +217,21 @@ def _children_of_session(session: int) -> list[int]:
     return found
 
 
-def signal_name(number: int) -> str:
+def how_killed(number: int, oom_kills: int) -> str:
+    """Return in words how a process was killed; `oom_kills` counted those before it began."""
+    how = f"was killed by {_signal_name(number)}"
+    if number != signal.SIGKILL:
+        return how
+    now = _limits.oom_kills()
+    if oom_kills < 0 or now < 0:
+        return f"{how} (by another process, or by the kernel for lack of memory: see dmesg)"
+    if now == oom_kills:
+        return f"{how} (by a process, perhaps itself, and not by the kernel for lack of memory)"
+    killed = counted(now - oom_kills, "process", "processes")
+    return f"{how} (the kernel has killed {killed} for lack of memory meanwhile: see dmesg)"
+
+
+def _signal_name(number: int) -> str:
     """Return the name of a signal."""
     try:
         return signal.Signals(number).name

@@ -14,13 +14,13 @@ import time
 from collections.abc import Iterator
 from typing import NoReturn
 
-from pyuffd import _memory
-from pyuffd._describe import print_traceback
+from pyuffd import _limits, _memory
+from pyuffd._describe import described, print_traceback
 from pyuffd._limits import raise_start_error
 from pyuffd.handlers.process import _wire
 from pyuffd.handlers.process._book import Book
 from pyuffd.handlers.process._calls import Answer, Message
-from pyuffd.handlers.process._start import signal_name
+from pyuffd.handlers.process._start import how_killed
 from pyuffd.handlers.process._successor import release_holder, rescue_forks
 from pyuffd.handlers.process._worker import run
 
@@ -43,6 +43,8 @@ class WorkerHandle:
         self.born_s = time.monotonic()
         self.start_s: float | None = None  # how long it needed to take over, once it has
         self.error: bytes | None = None  # the exception that it ended with
+        self._oom_kills = _limits.oom_kills()
+        self._killed_by = ""
         keeper = os.getpid()
         with theirs, their_reports:
             try:
@@ -92,7 +94,14 @@ class WorkerHandle:
         try:
             _wire.send(self.control, message, tuple(fds))
         except (OSError, EOFError) as error:
+            if isinstance(error, TimeoutError):
+                self._killed_by = f"its keeper, as it accepted no call for {SEND_LIMIT_S:.0f} s"
             raise WorkerGone from error
+
+    def kill(self, by: str) -> None:
+        """Kill it; `by` tells by whom and why."""
+        self._killed_by = by
+        signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
     def end(self, limit_s: float) -> int:
         """Wait until it ends, kill it after the limit, and return its exit code."""
@@ -106,23 +115,22 @@ class WorkerHandle:
         """Return the descriptors of forks that it had read but not reported."""
         return rescue_forks(self._shared)
 
+    def how_ended(self, exit_code: int) -> str:
+        """Return in words how it ended."""
+        if self.error is not None:
+            return f"ended with {' '.join(described(_wire.load_error(self.error)).split())}"
+        if exit_code >= 0:
+            return f"ended with exit code {exit_code}"
+        if self._killed_by and exit_code == -signal.SIGKILL:
+            return f"was killed by {self._killed_by}"
+        return how_killed(-exit_code, self._oom_kills)
+
     def close(self) -> None:
         """Close the connections to it, and the descriptors that the holder keeps open for it."""
         release_holder(self._shared)
         self.control.close()
         self.reports.close()
         os.close(self.pidfd)
-
-
-def how_ended(exit_code: int, error: bytes | None) -> str:
-    """Return in words how a worker process ended."""
-    if error is not None:
-        cause = _wire.load_error(error)
-        return f"ended with {type(cause).__name__}: {cause}"
-    if exit_code >= 0:
-        return f"ended with exit code {exit_code}"
-    why = " (by another process, or by the kernel)" if exit_code == -signal.SIGKILL else ""
-    return f"was killed by {signal_name(-exit_code)}{why}"
 
 
 @contextlib.contextmanager
