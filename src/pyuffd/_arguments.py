@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sized
+from collections.abc import Collection, Sized
 from operator import index
 from typing import TypeVar, cast
+
+from pyuffd._describe import short_repr
 
 WORD_LIMIT = 1 << 64
 FD_LIMIT = 1 << 31  # of descriptors and process ids: an int of C
@@ -71,6 +73,13 @@ def check_int(name: str, value: object, least: int | None = None, below: int = W
         limit = _number(below, name)
         raise ValueError(f"{name} {_number(value, name)} is too large: it must be below {limit}")
     return value
+
+
+def check_choice(name: str, value: object, known: Collection[str]) -> None:
+    """Raise ValueError for a word that is not one of these."""
+    if value not in known:
+        words = ", ".join(map(repr, known))
+        raise ValueError(f"{name} {short_repr(value)} is not one of {words}")
 
 
 def check_number(name: str, value: object, most: float = LONGEST_S) -> float:

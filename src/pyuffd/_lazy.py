@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pyuffd._abi import Feature, RegisterMode
 from pyuffd._arguments import check_int, shown
-from pyuffd._describe import repr_of
+from pyuffd._describe import repr_of, short_repr
 from pyuffd._dropped import close_dropped
 from pyuffd._errors import HandlerError
 from pyuffd._pages import PAGE_SIZE, check_page_size, round_up
@@ -242,8 +242,8 @@ def _check_region(
 ) -> None:
     if kind not in KINDS:
         raise ValueError(
-            f"kind {kind!r} is not one of {', '.join(map(repr, KINDS))}; pass region= for memory"
-            " of another kind"
+            f"kind {short_repr(kind)} is not one of {', '.join(map(repr, KINDS))}; pass region= for"
+            " memory of another kind"
         )
     if region is None:
         if not shared and kind != "memfd":

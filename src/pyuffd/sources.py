@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from pyuffd import _memory, _source_files
 from pyuffd._arguments import check_buffer, check_int, shown
 from pyuffd._closing import Closing, SoleOwner
+from pyuffd._describe import short_repr
 from pyuffd._enums import Word
 from pyuffd._errors import ClosedError, HandlerError
 from pyuffd.regions import Region
@@ -244,7 +245,9 @@ class CallableSource:
         if not callable(function):
             raise ValueError(f"function: {shown(function)} cannot be called")
         if inspect.iscoroutinefunction(function):
-            raise ValueError(f"function {function!r} is a coroutine function: use AsyncSource")
+            raise ValueError(
+                f"function {short_repr(function)} is a coroutine function: use AsyncSource"
+            )
         self.function = function
         self._length = _check_length(length)
 
@@ -314,7 +317,7 @@ class AsyncSource:
                 return await self.function(offset, length)
             except (SystemExit, KeyboardInterrupt) as error:
                 # asyncio would let it end the loop, and nobody would get an answer any more.
-                raise HandlerError(f"{self!r} raised {type(error).__name__}") from error
+                raise HandlerError(f"{short_repr(self)} raised {type(error).__name__}") from error
 
         loop = self.loop or _own_loop()
         coroutine = run()
@@ -331,7 +334,9 @@ class AsyncSource:
                     return future.result()
         if inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:
             coroutine.close()  # otherwise Python warns that it was never awaited
-        raise HandlerError(f"the event loop of {self!r} is closed: nobody runs its coroutines")
+        raise HandlerError(
+            f"the event loop of {short_repr(self)} is closed: nobody runs its coroutines"
+        )
 
     def runs_here(self) -> bool:
         """Return whether its event loop runs in this thread."""

@@ -13,7 +13,7 @@ from collections import deque
 from contextlib import suppress
 from typing import Literal
 
-from pyuffd._arguments import check_int, check_seconds
+from pyuffd._arguments import check_choice, check_int, check_seconds
 from pyuffd._closing import Closing
 from pyuffd._errors import ClosedError, CriuError
 from pyuffd._latch import Latch
@@ -76,8 +76,7 @@ class RemotePages(Closing):
         timeout_s: float = TIMEOUT_S,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        if wire not in WIRES:
-            raise ValueError(f"wire {wire!r} is not one of {', '.join(map(repr, WIRES))}")
+        check_choice("wire", wire, WIRES)
         self._head = WIRES[wire]
         self._timeout_s = check_seconds("timeout_s", timeout_s)
         self._lock = threading.Lock()

@@ -17,7 +17,7 @@ from functools import partial
 
 from pyuffd._arguments import check_int, check_path, check_seconds
 from pyuffd._closing import Closing
-from pyuffd._describe import described, log_error
+from pyuffd._describe import described, log_error, short_repr
 from pyuffd._errors import ClosedError, CriuError, UffdError
 from pyuffd._owned import Descriptor
 from pyuffd._uffd import Userfaultfd
@@ -114,7 +114,7 @@ class LazyPages(Closing):
         self._images = images if isinstance(images, Images) else Images(images, is_remote=is_remote)
         if self._images.is_remote != is_remote:
             raise ValueError(
-                f"page_server={page_server!r}, but the images were read with is_remote="
+                f"page_server={short_repr(page_server)}, but the images were read with is_remote="
                 f"{self._images.is_remote}"
             )
         folder = self._images.folder if work_dir is None else check_path("work_dir", work_dir)

@@ -12,6 +12,7 @@ from typing import Literal
 from pyuffd._abi import Feature, RegisterMode
 from pyuffd._arguments import (
     LONGEST_S,
+    check_choice,
     check_flags,
     check_int,
     check_number,
@@ -52,8 +53,7 @@ def choose_driver(driver: Driver, uffd: Userfaultfd) -> Driver:
     """Return the driver, chosen for "auto"; raise ValueError if it cannot work."""
     check_is_uffd(uffd)
     has_sigbus = bool(uffd.features & Feature.SIGBUS)
-    if driver not in DRIVERS:
-        raise ValueError(f"driver {driver!r} is not one of {', '.join(map(repr, DRIVERS))}")
+    check_choice("driver", driver, DRIVERS)
     if driver == "auto":
         return "inline" if has_sigbus else "native"
     if driver == "inline" and not has_sigbus:
@@ -95,8 +95,7 @@ def check_options(
     stall_timeout_s: float | None,
 ) -> None:
     """Raise ValueError for bad options, and for options that cannot be combined."""
-    if on_error not in POLICIES:
-        raise ValueError(f"on_error {on_error!r} is not one of {', '.join(map(repr, POLICIES))}")
+    check_choice("on_error", on_error, POLICIES)
     check_int("prefetch", prefetch, 0)
     if spin_us is not None:
         check_number("spin_us", spin_us, LONGEST_S * 1e6)
@@ -202,10 +201,10 @@ def handler_error(failure: Failure, source: SourceFailure | None) -> HandlerErro
     if not address and source is not None:
         address, length = source.start, source.length
     place = f" at {address:#x}" if address else ""
+    hint = why_unresolved(failure.error, address)
     why = failure.text
     if failure.error == errno.EOWNERDEAD and source is not None:  # which, and what ended it
         why = text_of(source.error)
-    hint = why_unresolved(failure.error, address)
     error = HandlerError(
         f"{what}{place}: {why} ({counted(failure.count, 'page')} in all)"
         + (f"; {hint}" if hint else ""),

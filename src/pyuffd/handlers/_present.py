@@ -12,6 +12,7 @@ from typing import Literal
 
 from pyuffd import _memory, _vmas, lowlevel
 from pyuffd._abi import Feature, PageBit, PageCategory, RegisterMode
+from pyuffd._arguments import check_choice
 from pyuffd._describe import counted
 from pyuffd._diagnose import is_ordinary_file
 from pyuffd._errors import (
@@ -55,8 +56,8 @@ def choose_present(
     None: nothing, as for write-protection alone, which is about present pages.
     """
     is_filled = source is not None and int(mode) & FILLED
-    if present is not None and present not in POLICIES:
-        raise ValueError(f"present {present!r} is not one of {', '.join(map(repr, POLICIES))}")
+    if present is not None:
+        check_choice("present", present, POLICIES)
     if present == "drop" and not is_filled:
         raise ValueError("present='drop' needs a source and RegisterMode.MISSING or MINOR")
     if present == "drop" and (not is_here or uffd.adopted or not isinstance(region, Region)):

@@ -16,6 +16,7 @@ from typing import Generic, Protocol, TypeVar
 from pyuffd import _memory, lowlevel
 from pyuffd._abi import Feature, Ioctl, RegisterMode
 from pyuffd._arguments import check_flags
+from pyuffd._describe import short_repr
 from pyuffd._diagnose import mergeable
 from pyuffd._errors import HelperLostError, UffdOSError
 from pyuffd._pages import PAGE_SIZE, RangeLike, check_region, page_size_of
@@ -159,7 +160,7 @@ def check_local(local: RangeLike | None, length: int) -> None:
         raise ValueError(f"local has {local.length:#x} bytes, fewer than the region's {length:#x}")
     if isinstance(local, HandoverRange):
         raise ValueError(
-            f"local={local!r} is memory of another process: map its descriptor here, with"
+            f"local={short_repr(local)} is memory of another process: map its descriptor here, with"
             " Region.file(fd, length, offset=offset)"
         )
     if not isinstance(local, Region):
@@ -195,7 +196,9 @@ def local_mapping(
     """Return (a new alias, the address) of an unregistered mapping of the region's memory."""
     if local is not None:
         if needed and isinstance(local, Region) and not (local.shared and local.writable):
-            raise ValueError(f"local={local!r} must be shared and writable to fill the page cache")
+            raise ValueError(
+                f"local={short_repr(local)} must be shared and writable to fill the page cache"
+            )
         return None, local.start
     if not needed:
         return None, 0

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pyuffd._arguments import check_fd, shown
-from pyuffd._describe import repr_of
+from pyuffd._describe import repr_of, short_repr
 from pyuffd._open_files import check_open_file
 from pyuffd._overlay import OverlaySource, Run
 from pyuffd._source_files import identity_of
@@ -51,8 +51,8 @@ class BackFile:
             return
         raise ValueError(
             f"write_back: {repr_of(source)} has that file, but reads the bytes from {run.start:#x}"
-            f" to {run.end:#x} from {leaf!r} at {run.offset:#x}: what is written would not come"
-            " back"
+            f" to {run.end:#x} from {short_repr(leaf)} at {run.offset:#x}: what is written would"
+            " not come back"
         )
 
 

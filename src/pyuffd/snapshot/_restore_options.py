@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from pyuffd._arguments import check_int, check_rate, shown
+from pyuffd._arguments import check_choice, check_int, check_rate, shown
 from pyuffd._recording import Until, check_until
 from pyuffd._working_set import WorkingSet
 from pyuffd.handlers import Handler
@@ -58,8 +58,7 @@ def checked(
         ("gaps", gaps, GAPS),
         ("verify", verify, VERIFY),
     ):
-        if value not in known:
-            raise ValueError(f"{name} {value!r} is not one of {', '.join(map(repr, known))}")
+        check_choice(name, value, known)
     if handler is not None and not isinstance(handler, Handler):
         raise TypeError(f"handler must be a Handler, not {shown(handler)}")
     if handler is not None and mode in ("map", "minor"):

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Unpack
 
 from pyuffd._closing import SoleOwner
+from pyuffd._describe import repr_of
 from pyuffd._dropped import close_dropped
 from pyuffd._errors import HelperLostError
 from pyuffd._overlay import OverlaySource, without_files
@@ -125,8 +126,8 @@ class RemoteEngine(SoleOwner):
             content = replace(content, overlay=content.overlay.without_memory())
         if content.reads_memory:
             raise ValueError(
-                f"{content.owner!r} is memory of this process, or some of it is, which the helper"
-                " process cannot read: write it to a memfd and serve a FileSource, or use"
+                f"{repr_of(content.owner)} is memory of this process, or some of it is, which the"
+                " helper process cannot read: write it to a memfd and serve a FileSource, or use"
                 " driver='thread'"
             )
         if spec.preserve:
@@ -137,8 +138,8 @@ class RemoteEngine(SoleOwner):
         fds = content.fds
         if len(fds) > MAX_FILES:
             raise ValueError(
-                f"{content.owner!r} has {len(fds)} files, more than the {MAX_FILES} that can be"
-                " sent to the helper process: use driver='native'"
+                f"{repr_of(content.owner)} has {len(fds)} files, more than the {MAX_FILES} that can"
+                " be sent to the helper process: use driver='native'"
             )
         unsent = content.with_fds([-1] * len(fds))
         if spec.local_file:
