@@ -39,6 +39,9 @@ class LazyRegion(Region):
     array or a part of it keeps it alive. After close() an array over it can still be read, except
     pages that were never loaded, which raise SIGBUS: `handler.populate(region)` loads them.
 
+    If a signal handler raises just as the `with` block ends, it stays served until the last
+    reference to it, and to its views, is gone.
+
     Attributes:
         uffd: The userfaultfd.
         handler: The handler, which is running.

@@ -51,6 +51,9 @@ Event = PlainEvent | Fork
 class Userfaultfd(UffdFill):
     """Open a userfaultfd for this process, or adopt one with `from_fd`.
 
+    If a signal handler raises just as its `with` block ends, it stays open, and its memory
+    registered, until the last reference to this object is gone.
+
     Args:
         features: Feature bits to enable. Every one must be supported, or nothing is opened.
         user_mode_only: Deliver faults of user code only. Works without privilege; system calls

@@ -69,6 +69,9 @@ MAX_REGIONS = 4096
 class Handover(SoleOwner):
     """The result of `recv_uffd`: a context manager that closes all its descriptors.
 
+    If a signal handler raises just as the `with` block ends, they stay open until the last
+    reference to this object, and to `uffd`, is gone.
+
     Attributes:
         uffd: The adopted userfaultfd; it acts on the memory of its owner. `uffd.owner_pid` is the
             process that sent it. If the sender is a broker, which passes on userfaultfds that

@@ -58,6 +58,9 @@ class LazyPages(Closing):
     cannot be read is poisoned, so that its process gets SIGBUS: none reads zeros instead of data,
     also if processes of this server are killed.
 
+    If a signal handler raises just as its `with` block ends, its socket and its spare process stay
+    until the last reference to this object is gone.
+
     Args:
         images: The images, or their folder.
         work_dir: The folder in which CRIU looks for the socket (its option -W); that of the images

@@ -52,6 +52,10 @@ class _Method(Protocol):
 class DirtyTracker(Closing):
     """Track which pages are written, in rounds, from the moment that this object is made.
 
+    However its `with` block ends, and if this process is killed too, nothing stays registered in
+    the target. One case is left: if a signal handler raises just as the block ends, tracking goes
+    on, and costs the target its faults, until the last reference to this object is gone.
+
     Args:
         target: What to track. A `Region`, another range of this process, or several of them. A
             `Userfaultfd` of this process or another, with `ranges`. A `Process`: all of its

@@ -63,6 +63,9 @@ LARGEST_LOG = 1 << 27
 class Handler(ServesMany, FillsPages, TracksWrites, EvictsPages, HoldsFaults, Stops, Closing):
     """Resolve the faults of regions from page sources.
 
+    If a signal handler raises just as its `with` block ends, faults are resolved until the last
+    reference to this object is gone; with driver="thread" until stop(), or the program's end.
+
     Args:
         uffd: The userfaultfd. The handler borrows it, and stops when it is closed. With
             Feature.EVENT_* the handler follows the owner's changes of its memory: dropped pages

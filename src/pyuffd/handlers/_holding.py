@@ -113,7 +113,8 @@ class HoldsFaults(HandlerBase):
         applied. Do not touch missing or protected pages inside the block, as this thread would wait
         too, nor through views in other threads, which would hold the GIL as they wait, nor
         populate() from a source in Python. What the owner has dropped is missing as well; without
-        Feature.EVENT_REMOVE the handler does not know of that, and such a page may be DIRTY.
+        Feature.EVENT_REMOVE the handler does not know of that, and such a page may be DIRTY. If a
+        signal handler raises just as the block ends, faults are held until the limit.
 
         Args:
             limit_s: After this many seconds faults are resolved again, and the end of the block

@@ -74,6 +74,9 @@ class Restore(Closing):
     close(), which `with` calls, stops it: pages without content are poisoned then, so that an
     access raises SIGBUS and never reads zeros. Call `wait` first to get everything.
 
+    If a signal handler raises just as the `with` block ends, it goes on until it is done, or the
+    last reference to this object is gone.
+
     Attributes:
         method: "copy": pages are filled through userfaultfd. "minor": the content is in one memfd,
             which all restores of this snapshot object share, and pages are mapped from there.
