@@ -318,7 +318,7 @@ class Userfaultfd(UffdFill):
                 " stop it first"
             )
         lowlevel.set_mode(self.fileno(), enable, disable)
-        self.features = Feature((self.features | enable) & ~int(disable))
+        self.features: Feature = Feature((self.features | enable) & ~int(disable))
 
     # Events
 

@@ -94,9 +94,9 @@ class Images:
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, is_remote: bool = False) -> None:
-        self.folder = check_path("folder", folder)
+        self.folder: str = check_path("folder", folder)
         self.is_remote = is_remote
-        self.has_long_counts = False
+        self.has_long_counts: bool = False
         self.tasks: dict[int, TaskImage] = {}
         digest = hashlib.sha256()
         path = os.path.join(self.folder, "pstree.img")
@@ -108,7 +108,7 @@ class Images:
             self.tasks[pid] = self._read_task(pid, digest)
         if not self.tasks:
             raise CriuError("image", f"{path} has no processes")
-        self.id = digest.digest()
+        self.id: bytes = digest.digest()
 
     def _read_task(self, pid: int, digest: hashlib._Hash) -> TaskImage:
         path = os.path.join(self.folder, f"mm-{pid}.img")

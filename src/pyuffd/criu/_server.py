@@ -136,7 +136,7 @@ class LazyPages(Closing):
         if self._broker is not None:
             self._options = replace(self._options, remote=self._broker.source, chunk=REMOTE_CHUNK)
         self._finished = finished
-        self.path = os.path.join(folder, SOCKET_NAME)
+        self.path: str = os.path.join(folder, SOCKET_NAME)
         self.reports: list[RestoreReport] = []
         self._running: dict[int, Restore] = {}
         self._lock = threading.Lock()

@@ -25,6 +25,7 @@ class Bounce(SoleOwner):
 
     _instead = "it is memory of one call"
     address: int
+    view: memoryview
 
     def __init__(self, size: int = BOUNCE_SIZE, *, shared: bool = False) -> None:
         self.size = size

@@ -25,8 +25,8 @@ class Opened(Closing):
 
     def __init__(self, image: Image) -> None:
         self._image = image
-        self.path = image.path
-        self.id = str(image.manifest["id"])
+        self.path: str = image.path
+        self.id: str = str(image.manifest["id"])
         self.manifest: dict[str, Any] = image.manifest
         self._maker = os.getpid()
 

@@ -25,6 +25,7 @@ from pyuffd.snapshot._format import (
     NOTES,
     PAGES,
     RUNS,
+    Runs,
     RunState,
     SnapshotRegion,
     SnapshotRun,
@@ -56,9 +57,16 @@ class Image(Closing):
 
     _what = "snapshot"
     _instead = "open it once more"
+    id: str
+    depth: int
+    pid: int
+    start_ticks: int
+    regions: list[SnapshotRegion]
+    runs: Runs
+    manifest_sha256: str
 
     def __init__(self, path: str | os.PathLike[str], *, depth: int = 0) -> None:
-        self.path = os.path.abspath(path)
+        self.path: str = os.path.abspath(path)
         self.parent: Image | None = None
         self._chunks: OrderedDict[int, bytes] = OrderedDict()
         self._good: set[int] = set()  # chunks that were compared with their checksums, by start

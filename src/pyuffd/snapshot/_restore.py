@@ -28,7 +28,7 @@ from pyuffd.snapshot._capture import SnapshotProgress
 from pyuffd.snapshot._content import Files, Placed, Sums, check_files, check_gaps
 from pyuffd.snapshot._drain import Batch, Drain
 from pyuffd.snapshot._restore_compare import Comparing
-from pyuffd.snapshot._restore_options import Options
+from pyuffd.snapshot._restore_options import Options, UsedMode
 from pyuffd.snapshot._restore_plan import (
     check_empty,
     check_not_registered,
@@ -114,6 +114,8 @@ class Restore(Closing):
     _serving: Serving | None = None
     _drain: Drain[tuple[Placed, int, int, int]] | None = None
     _comparing: Comparing | None = None
+    method: UsedMode
+    why: str
 
     def __init__(
         self, path: str, shares: Callable[[], Shares], placed: Sequence[Placed], options: Options
@@ -126,7 +128,7 @@ class Restore(Closing):
         self._ended_at = 0.0
         self._path = path
         images = placed[0].images
-        self.working_set = _restore_hot.of_image(images[0], options.working_set)
+        self.working_set: WorkingSet | None = _restore_hot.of_image(images[0], options.working_set)
         self.recorded: WorkingSet | None = None
         self.record_error: Exception | None = None
         self._hot = _restore_hot.Hot(images[0], placed, self.working_set)
@@ -139,7 +141,7 @@ class Restore(Closing):
         if options.verify == "first":
             for each in placed:
                 sums.check(each.start, each.end)
-        self.total = sum(each.chain.data_bytes for each in placed)
+        self.total: int = sum(each.chain.data_bytes for each in placed)
         files = Files(images)
         try:
             check_not_restored(placed)
