@@ -2,9 +2,10 @@
 
     python docs/pictures/draw.py
 
-writes them beside this file; `tests/unit/test_pictures.py` fails while they are out of date. The
-latencies are those of benchmarks/RESULTS.md, the timeline that of timeline.json, which
-`record_timeline.py` writes, and the restores those that docs/restore.md shows.
+writes them beside this file, and the table of speed into README.md; tests/unit/test_pictures.py
+fails while they are out of date. The latencies and the table are those of benchmarks/RESULTS.md,
+the timeline is that of timeline.json, which `record_timeline.py` writes, and the restores are those
+that docs/restore.md shows.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ HERE = Path(__file__).resolve().parent
 TIMELINE = HERE / "timeline.json"
 RESTORES = HERE.parent / "restore.md"
 RESULTS = HERE.parents[1] / "benchmarks" / "RESULTS.md"
+README = HERE.parents[1] / "README.md"
 WIDTH = 600
 FONT = "system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif"
 
@@ -291,36 +293,76 @@ def paths(panels: list[Panel], title: str, colours: Colours) -> str:
     return drawing.svg(title)
 
 
-ROW = re.compile(
-    r"^\| (.+?): (.+?) / (.+?) \| ([\d.]+) \| ([\d.]+) \| us \| ([\d.]+) \|", re.MULTILINE
-)
-# The drivers beside the C program of the same kind.
-SHOWN = [
-    "inline",
-    "native on the faulter's CPU",
-    "native",
-    "native on another CPU",
-]
+ROW = re.compile(r"^\| (.+? / .+?) \| ([\d.]+) \| ([\d.]+) \| (\S+) \| ([\d.]+) \|", re.MULTILINE)
+# Rows of RESULTS.md, by what the pictures call them: drivers beside the C program of the same kind.
+SHOWN = {
+    "inline": "missing fault: inline / sigbus",
+    "native, same CPU": "missing fault: native on the faulter's CPU / read(2) loop there",
+    "native": "missing fault: native / spinning",
+    "native, another CPU": "missing fault: native on another CPU / spinning there",
+    "process, same CPU": "missing fault, Python: process on the faulter's CPU / read(2) loop there",
+    "process, another CPU": "missing fault, Python: process on another CPU / spinning there",
+    "thread": "missing fault of a child, Python: thread / spinning",
+    "native; C that sleeps in read(2)": "missing fault: native / blocking",
+}
+# The same for README's table.
+SPEED = {
+    "missing fault, resolved by the faulting thread (`inline`)": SHOWN["inline"],
+    "missing fault, by a C thread on the same CPU (`native`)": SHOWN["native, same CPU"],
+    "missing fault, content from a function in Python (`process`)": SHOWN["process, same CPU"],
+    "lazy restore of 1 GiB, anonymous memory": (
+        "lazy restore of 1024 MiB anon: native / 2 MiB UFFDIO_COPYs"
+    ),
+    "lazy restore of 1 GiB, huge pages": (
+        "lazy restore of 1024 MiB hugetlb: native / 2 MiB UFFDIO_COPYs"
+    ),
+    "pause of a snapshot of 1 GiB (`cow`), beside fork()": (
+        "1024 MiB, 8 threads: pause, cow / fork()"
+    ),
+    "longest stop of a process of 1 GiB for a core, beside gcore": (
+        "1024 MiB, 8 threads: core / gcore, longest time without the process's thread"
+    ),
+}
+SPEED_TABLE = re.compile(r"(?<=<!-- table: speed -->\n)(?:\|.*\n)+")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A row of RESULTS.md: medians of the C program and of pyuffd, and the ratio."""
+
+    base: str
+    c: str
+    ours: str
+    unit: str
+    ratio: str
+
+
+def results() -> dict[str, Result]:
+    """Return the rows that compare two programs, by their name."""
+    return {
+        name: Result(name.rpartition(" / ")[2], *values)
+        for name, *values in ROW.findall(RESULTS.read_text())
+    }
+
+
+def speed_table() -> str:
+    """Return README's table of speed."""
+    found = results()
+    lines = ["| | base | pyuffd | ratio |", "|---|---|---|---|"]
+    for what, name in SPEED.items():
+        if name not in found:  # results of a part of the benchmarks
+            continue
+        row = found[name]
+        lines.append(f"| {what} | {row.c} {row.unit} | {row.ours} {row.unit} | {row.ratio} |")
+    return "\n".join(lines) + "\n"
 
 
 def latencies() -> Iterator[tuple[str, str, float, float]]:
     """Yield the driver, the C program, and both medians in microseconds, as RESULTS.md has them."""
-    found = {
-        driver: (base, float(c), float(ours))
-        for what, driver, base, c, ours, _ in ROW.findall(RESULTS.read_text())
-        if what == "missing fault" and base != "blocking" and "," not in driver
-    }
-    for driver in SHOWN:
-        yield driver, *found[driver]
-    yield "native; C that sleeps in read(2)", *blocking()
-
-
-def blocking() -> tuple[str, float, float]:
-    """Return the row of the usual loop in C, which blocks in read(2)."""
-    for what, driver, base, c, ours, _ in ROW.findall(RESULTS.read_text()):
-        if (what, driver, base) == ("missing fault", "native", "blocking"):
-            return base, float(c), float(ours)
-    raise LookupError("RESULTS.md has no row of a blocking loop")
+    found = results()
+    for what, name in SHOWN.items():
+        row = found[name]
+        yield what, row.base, float(row.c), float(row.ours)
 
 
 def latency(colours: Colours) -> str:
@@ -341,7 +383,7 @@ def latency(colours: Colours) -> str:
     for driver, base, c, ours in rows:
         drawing.text(8, drawing.y + 22, driver, colours.text, 12)
         for at, (value, colour, name) in enumerate(
-            [(ours, colours.gil, "pyuffd"), (c, colours.kernel, f"C: {base}")]
+            [(ours, colours.free, "pyuffd"), (c, colours.kernel, f"C: {base}")]
         ):
             y = drawing.y + at * 17
             drawing.rect(200, y, value * scale, 14, colour)
@@ -532,9 +574,10 @@ def pictures() -> Iterator[tuple[Path, str]]:
 
 
 def main() -> None:
-    """Write all pictures."""
+    """Write all pictures, and README's table of speed."""
     for path, text in pictures():
         path.write_text(text)
+    README.write_text(SPEED_TABLE.sub(lambda _: speed_table(), README.read_text()))
 
 
 if __name__ == "__main__":

@@ -23,3 +23,9 @@ def test_every_picture_is_shown_in_both_themes() -> None:
     pages = "".join(page.read_text() for page in _readme.PAGES)
     for path in DRAW.parent.glob("*.svg"):
         assert f"pictures/{path.name}" in pages
+
+
+def test_the_table_of_speed_is_up_to_date() -> None:
+    """README shows what RESULTS.md has; the program that draws the pictures writes it too."""
+    drawing = runpy.run_path(str(DRAW))
+    assert drawing["SPEED_TABLE"].findall(_readme.README.read_text()) == [drawing["speed_table"]()]
