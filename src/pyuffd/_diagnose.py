@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from pyuffd import _huge_pages, _machine, _vmas
@@ -48,9 +49,29 @@ class Asked:
         return self.start + self.length
 
 
+class _Quiet(threading.local):
+    depth = 0
+
+
+_quiet = _Quiet()
+
+
+@contextmanager
+def unexplained() -> Iterator[None]:
+    """Do not look for causes in this thread: for errors that are expected, and looked at by errno.
+
+    The cause may be in smaps, whose reading takes milliseconds for each GiB of the process.
+    """
+    _quiet.depth += 1
+    try:
+        yield
+    finally:
+        _quiet.depth -= 1
+
+
 def explained(error: UffdOSError, asked: Asked) -> UffdOSError:
     """Return the error with its cause as the hint, if the cause can be found."""
-    if error.hint:
+    if error.hint or _quiet.depth:
         return error
     hint = ""
     with suppress(Exception):

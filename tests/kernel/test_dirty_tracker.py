@@ -18,10 +18,12 @@ from pyuffd import (
     Feature,
     PageRanges,
     Process,
+    RangeBusyError,
     Region,
     UnsupportedFeatureError,
     Userfaultfd,
     _memory,
+    _vmas,
 )
 from pyuffd._dirty_calls import Track
 from pyuffd.dirty import Mapped, Unmapped, _async, _rows
@@ -457,3 +459,35 @@ def closed_in_a_fork() -> None:
 
 def test_closed_in_a_fork() -> None:
     run_child(closed_in_a_fork)
+
+
+def refusals_without_a_cause() -> None:
+    """To find the cause, smaps is read: milliseconds for each mapping, also in a stop."""
+    asked: list[object] = []
+    overlapping = _vmas.overlapping
+
+    def noted(start: int, end: int, **options: Any) -> Any:
+        asked.append(start)
+        return overlapping(start, end, **options)
+
+    _vmas.overlapping = noted
+    with (
+        Region.anonymous(PAGE) as busy,
+        Region.anonymous(PAGE) as other,
+        Userfaultfd() as owner,
+        DirtyTracker([other]) as beside,
+    ):
+        owner.register(busy)
+        asked.clear()
+        with DirtyTracker([busy, other]) as tracker:
+            assert [one.reason for one in tracker.blind] == [BlindReason.BUSY] * 2
+            tracker.collect()
+        assert asked == []
+        beside.collect()
+        with pytest.raises(RangeBusyError, match="another userfaultfd"):
+            owner.register(other)
+        assert asked != []
+
+
+def test_refusals_that_are_expected_are_not_explained() -> None:
+    run_child(refusals_without_a_cause)

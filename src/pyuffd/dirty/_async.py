@@ -12,6 +12,7 @@ from functools import cache
 
 from pyuffd import _dirty_calls as calls
 from pyuffd._abi import USER_MODE_ONLY, Feature, PageCategory, RegisterMode
+from pyuffd._diagnose import unexplained
 from pyuffd._dirty_calls import Backing, Track
 from pyuffd._errors import UffdOSError
 from pyuffd._opening import probe_api
@@ -136,7 +137,8 @@ class AsyncMethod:
     def _register(self, row: Row) -> bool:
         """Register a row; note the reason if the kernel refuses."""
         try:
-            self._uffd_of(row).register(row, mode=RegisterMode.WP)
+            with unexplained():
+                self._uffd_of(row).register(row, mode=RegisterMode.WP)
         except UffdOSError as error:
             if error.errno in _GONE:
                 self._process.check()
@@ -154,7 +156,8 @@ class AsyncMethod:
         for run in self._runs(rows):
             try:
                 start, end = run[0].start, run[-1].end
-                self._uffd_of(run[0]).register(start, end - start, mode=RegisterMode.WP)
+                with unexplained():
+                    self._uffd_of(run[0]).register(start, end - start, mode=RegisterMode.WP)
                 taken += run
             except (UffdOSError, ValueError):
                 taken += [row for row in run if self._register(row)]
@@ -163,7 +166,8 @@ class AsyncMethod:
     def _protect(self, run: Sequence[Row]) -> bool:
         """Protect adjacent rows; False if that failed."""
         try:
-            self._uffd.writeprotect(run[0].start, run[-1].end - run[0].start)
+            with unexplained():
+                self._uffd.writeprotect(run[0].start, run[-1].end - run[0].start)
         except UffdOSError:
             self._process.check()
             return False
@@ -305,7 +309,8 @@ class AsyncMethod:
         others = [row for row in rows if row.track is not Track.HUGE]
         for row in huge:
             try:
-                self._uffd_of(row).writeprotect(row)
+                with unexplained():
+                    self._uffd_of(row).writeprotect(row)
             except UffdOSError:  # gone again: the next round says so
                 self._process.check()
         whole = _rows.packed(_rows.merged((row.start, row.end) for row in huge))
@@ -341,7 +346,7 @@ class AsyncMethod:
         """Unregister what was registered, for a userfaultfd that stays open."""
         for run in self._runs(self._rows):
             # ENOENT, EINVAL, ENOMEM: unmapped since, or its process is gone.
-            with suppress(UffdOSError):
+            with suppress(UffdOSError), unexplained():
                 self._uffd_of(run[0]).unregister(run[0].start, run[-1].end - run[0].start)
         if self._watch:
             self._watch.close()

@@ -12,6 +12,7 @@ from pyuffd import _dirty_calls as ranges
 from pyuffd import _image_calls as calls
 from pyuffd import _saver_calls as saver_calls
 from pyuffd._abi import Feature
+from pyuffd._diagnose import unexplained
 from pyuffd._errors import SnapshotError, StopTimeoutError, UffdOSError, raise_errno
 from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE
 from pyuffd._saver_calls import Saver
@@ -148,7 +149,7 @@ class _Cow:
         if self._armed <= AT_ONCE:
             return
         for start, end in self._spans:
-            with suppress(UffdOSError):  # unmapped since, or its process is gone
+            with suppress(UffdOSError), unexplained():  # unmapped since, or its process is gone
                 uffd.unregister(start, end - start)
 
     # Before the stop
