@@ -16,6 +16,7 @@
 
 #include "barrier.h"
 #include "evict.h"
+#include "gate.h"
 #include "page_table.h"
 #include "put.h"
 #include "range.h"
@@ -146,6 +147,7 @@ static void claim_run(struct uffd_range *range, struct eviction *all, struct cla
 	end = lower(range->end, at + (all->end - all->offset));
 	pages = lower((end - at) >> range->page_shift, PAGES_AT_ONCE);
 	run->length = 0;
+	run->is_waiting = false;
 	run->turned_away = atomic_load(&all->engine->turned_away);
 	for (; pages--; at += range->page_size, all->offset += range->page_size) {
 		uint8_t state = atomic_load(state_of(range, at)), seen = state;
@@ -266,8 +268,40 @@ static int drop_inside(struct uffd_range *range, struct claimed_run *run, struct
 	return layout_is_changing(range->space) ? -EAGAIN : drop_run(run);
 }
 
+/*
+ * Inside the gate: claim the next run.  Those that may be dropped here are, one after the
+ * other, so that each page that stands alone is not looked up twice.  A run that is left has a
+ * length; an error is of the range, or of dropping that run.
+ */
+static int claim_and_drop(struct uffd_range *range, struct eviction *all, struct claimed_run *run,
+			  uint64_t *evicted)
+{
+	struct uffd_space *space = range->space;
+	uint64_t enough = all->offset + PAGES_AT_ONCE * range->page_size;
+	int r;
+
+	do {
+		claim_run(range, all, run);
+		run->is_inside = run->advice == MADV_DONTNEED &&
+				 !(space->layout_events & UFFD_FEATURE_EVENT_REMOVE);
+		run->moves = atomic_load(&space->moves);
+		if (!run->length)
+			return 0;
+		r = drop_inside(range, run, all);
+		if (r || !run->is_inside)
+			return r;
+		uffd_barrier(UFFD_BARRIER_EVICT_DROPPED);
+		end_run(range, run, all->written_too, true);
+		*evicted += run->length;
+		all->attempt = 0;
+		run->length = 0;
+		run->is_waiting = false;
+	} while (all->offset < enough && !gate_is_wanted(space));
+	return 0;
+}
+
 /* Returns an error of the range, or of dropping its pages. */
-static int evict_run(struct eviction *all, uint64_t *evicted)
+static int evict_some(struct eviction *all, uint64_t *evicted)
 {
 	struct uffd_range *range = NULL;
 	struct claimed_run run = { 0 };
@@ -279,12 +313,7 @@ static int evict_run(struct eviction *all, uint64_t *evicted)
 		return -ESRCH;
 	range = find_piece(access.space, all->ref.id, all->offset, all->ref.start + all->offset);
 	if (range)
-		claim_run(range, all, &run);
-	run.is_inside = run.advice == MADV_DONTNEED &&
-			!(access.space->layout_events & UFFD_FEATURE_EVENT_REMOVE);
-	run.moves = atomic_load(&access.space->moves);
-	if (range && run.length)
-		r = drop_inside(range, &run, all);
+		r = claim_and_drop(range, all, &run, evicted);
 	close_access(&access);
 	if (!range)
 		return -ENOENT;
@@ -294,7 +323,7 @@ static int evict_run(struct eviction *all, uint64_t *evicted)
 		all->attempt = 0;
 		return 0;
 	}
-	if (!run.is_inside && r == 0)
+	if (r == 0)
 		r = drop_run(&run);
 	uffd_barrier(UFFD_BARRIER_EVICT_DROPPED);
 	if (!open_access(all->engine, all->ref.space, &access))
@@ -332,7 +361,7 @@ int uffd_engine_evict(struct uffd_engine *engine, const struct uffd_range_ref *r
 	/* A thread that continues may be ahead of its page's state. */
 	await_work(engine);
 	while (r == 0 && all.offset < all.end)
-		r = atomic_load(&engine->end.began) ? -ECANCELED : evict_run(&all, evicted_ret);
+		r = atomic_load(&engine->end.began) ? -ECANCELED : evict_some(&all, evicted_ret);
 	*reached_ret = all.offset;
 	return r;
 }

@@ -100,7 +100,7 @@ static void prefetch_now(struct uffd_range *range, struct uffd_hold *hold, uint6
 	if (hold)
 		uffd_hold_move(hold, run.past, end);
 	while (run.past < end && !run.error) {
-		run = fill_absent(range, run.past, end);
+		run = fill_absent(range, run.past, end, FILL_AHEAD);
 		count(engine, COUNTER(prefetched_pages), run.filled >> range->page_shift);
 	}
 }

@@ -13,7 +13,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "gate.h"
+#include "from_here.h"
 #include "populate.h"
 #include "put.h"
 #include "queue.h"
@@ -28,8 +28,6 @@
 #define BACKLOG			32
 /* Search pages in slices, so that faults get in between. */
 #define ASK_SLICE		(4u << 20)
-/* Inside the gate: a thread that wants to close it waits for so much to be filled. */
-#define GATE_STEP		(64u << 10)
 /* Ranges of a file that are close to each other are faulted in at once, up to this. */
 #define GROUP_LIMIT		(1u << 20)
 
@@ -207,41 +205,6 @@ static uint64_t group_reach(const struct slices *all, struct uffd_range *range, 
 	return end;
 }
 
-static uint64_t fill_step(const struct slices *all, struct uffd_range *range, uint64_t at,
-			  uint64_t end, int *error_ret, uint64_t *done_ret)
-{
-	uint64_t before = atomic_load(&all->engine->turned_away), page;
-	struct fill_run run = fill_absent(range, at, end);
-
-	wake_turned_away(range, run.from, run.past, before);
-	page = run.from;
-	*error_ret = run.error;
-	*done_ret = run.filled;
-	/* CONTINUE alone needs no free page. */
-	if (!is_huge(range) || !(range->mode & UFFDIO_REGISTER_MODE_MISSING))
-		return run.past;
-	/* Found present by the fill, and still absent: no huge page is free for it. */
-	while (page < run.past && atomic_load(state_of(range, page)) != UFFD_PAGE_ABSENT)
-		page += range->page_size;
-	if (page < run.past)
-		*error_ret = -ENOMEM;
-	return page;
-}
-
-static uint64_t fill_slice(const struct slices *all, struct uffd_range *range, uint64_t at,
-			   uint64_t end, int *error_ret, uint64_t *done_ret)
-{
-	uint64_t step = !has_gate(range->space) ? end - at : higher(GATE_STEP, range->page_size);
-
-	do {
-		uint64_t done = 0;
-
-		at = fill_step(all, range, at, at + lower(step, end - at), error_ret, &done);
-		*done_ret += done;
-	} while (at < end && !*error_ret && !gate_is_wanted(range->space));
-	return at;
-}
-
 /* What filling the absent pages of a range depends on. */
 struct needs {
 	bool is_filled, by_request, reads_file, is_mixed;
@@ -270,32 +233,29 @@ static int look_up(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 	return range ? 0 : -ENOENT;
 }
 
-/* `reach`: NULL if all that this touches has been faulted in. */
-static int populate_from_here(struct uffd_engine *engine, const struct uffd_range_ref *ref,
-			      const struct needs *needs, slice_reach reach, uint64_t offset,
-			      uint64_t end, struct uffd_populate_result *result)
+static int populate_from_here(const struct slices *all, struct uffd_populate_result *result)
 {
 	uint64_t reached;
-	int r = for_slices(&(struct slices){ engine, *ref, offset, end, fill_slice, reach, NULL,
-					     needs->thread_id },
-			   &result->filled, &reached);
+	int r = for_slices(all, &result->filled, &reached);
 
 	if (r == -ENOMEM)
-		result->failed_at = ref->start + reached;
+		result->failed_at = all->ref.start + reached;
 	return r;
 }
 
 /* Pages whose content is here come first: they keep no worker busy. */
 static int populate_run(struct uffd_engine *engine, const struct uffd_range_ref *ref,
-			const struct needs *needs, slice_reach reach, uint64_t offset,
-			uint64_t end, uint64_t chunk, struct uffd_populate_result *result_ret)
+			const struct needs *needs, uint64_t offset, uint64_t end, uint64_t chunk,
+			struct uffd_populate_result *result_ret)
 {
 	struct uffd_populate_result asked = { 0 };
 	int r = 0;
 
 	*result_ret = (struct uffd_populate_result){ 0 };
 	if (!needs->by_request || needs->is_mixed)
-		r = populate_from_here(engine, ref, needs, reach, offset, end, result_ret);
+		r = populate_from_here(&(struct slices){ engine, *ref, offset, end, fill_slice,
+							 fill_reach, NULL, needs->thread_id },
+				       result_ret);
 	if (r || !needs->by_request)
 		return r;
 	r = populate_by_request(engine, ref, needs->page_size, offset, end, chunk, &asked);
@@ -314,8 +274,7 @@ int uffd_engine_populate(struct uffd_engine *engine, const struct uffd_range_ref
 	*result_ret = (struct uffd_populate_result){ 0 };
 	if (r || !needs.is_filled)
 		return r;
-	return populate_run(engine, ref, &needs, fill_reach, offset, offset + length, chunk,
-			    result_ret);
+	return populate_run(engine, ref, &needs, offset, offset + length, chunk, result_ret);
 }
 
 static bool are_ranges(const uint64_t *words, uint64_t width, uint64_t count, uint64_t limit,
@@ -345,6 +304,21 @@ static uint64_t group_of(const uint64_t *words, uint64_t width, uint64_t count, 
 	return n;
 }
 
+/* Ranges of a file that are close to each other: what they need is faulted in at once. */
+static int populate_group(struct uffd_engine *engine, const struct uffd_range_ref *ref,
+			  const struct needs *needs, struct near_ranges *group, uint64_t end,
+			  struct uffd_populate_result *result_ret)
+{
+	struct slices all = { engine, *ref, group->base + group->words[0], group->base + end,
+			      NULL, group_reach, group, needs->thread_id };
+
+	*result_ret = (struct uffd_populate_result){ 0 };
+	fault_in_slices(&all);
+	all.work = fill_group;
+	all.reach = NULL;
+	return populate_from_here(&all, result_ret);
+}
+
 int uffd_engine_populate_ranges(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 				uint64_t offset, uint64_t length, const uint64_t *words,
 				uint64_t width, uint64_t count, uint64_t chunk,
@@ -359,20 +333,17 @@ int uffd_engine_populate_ranges(struct uffd_engine *engine, const struct uffd_ra
 		r = -EINVAL;
 	if (r || !needs.is_filled)
 		return r;
-	for (uint64_t i = 0, past = 0; i < count && r == 0; i++, words += width) {
+	for (uint64_t n; count && r == 0; count -= n, words += n * width) {
 		struct uffd_populate_result part;
+		struct near_ranges group;
 
-		if (needs.reads_file && i >= past) {
-			uint64_t n = group_of(words, width, count - i, &end);
-
-			if (n > 1)
-				fault_in_slices(&(struct slices){ engine, *ref, offset + words[0],
-								  offset + end, NULL, group_reach,
-								  NULL, needs.thread_id });
-			past = n > 1 ? i + n : 0;
-		}
-		r = populate_run(engine, ref, &needs, i < past ? NULL : fill_reach,
-				 offset + words[0], offset + words[1], chunk, &part);
+		n = needs.reads_file ? group_of(words, width, count, &end) : 1;
+		group = (struct near_ranges){ offset, words, width, n };
+		if (n > 1)
+			r = populate_group(engine, ref, &needs, &group, end, &part);
+		else
+			r = populate_run(engine, ref, &needs, offset + words[0], offset + words[1],
+					 chunk, &part);
 		result_ret->filled += part.filled;
 		result_ret->failed_at = part.failed_at;
 	}

@@ -59,7 +59,7 @@ static bool fill_slice_of(struct uffd_range *range, struct prefetch_job *job, ui
 		slice = range->page_size;
 	end = job->end - job->at > slice ? job->at + slice : job->end;
 	may_be_held_up(engine);
-	*run_ret = fill_absent(range, job->at, end);
+	*run_ret = fill_absent(range, job->at, end, FILL_AHEAD);
 	if (!is_back(engine))
 		return false;
 	job->at = run_ret->past;

@@ -70,6 +70,11 @@ static uint64_t copy_mode(const struct uffd_range *range)
 	return range->mode & UFFDIO_REGISTER_MODE_WP ? UFFDIO_COPY_MODE_WP : 0;
 }
 
+static bool is_ahead(enum fill_for why)
+{
+	return why == FILL_AHEAD || why == FILL_CHECKED;
+}
+
 /*
  * Without a fault it is unknown whether the page cache holds the page, so a fill ahead
  * maps the cache's page.  A missing fault that finds one is followed by a minor fault.
@@ -77,14 +82,14 @@ static uint64_t copy_mode(const struct uffd_range *range)
 static bool maps_cached(const struct uffd_range *range, enum fill_for why)
 {
 	/* COPY says EEXIST of a huge page that the cache holds, and if none is free. */
-	return why == FILL_AHEAD && (range->mode & UFFDIO_REGISTER_MODE_MINOR ||
+	return is_ahead(why) && (range->mode & UFFDIO_REGISTER_MODE_MINOR ||
 				     (is_huge(range) && range->content->shared));
 }
 
 /* A private mapping shows the page cache until it has private copies. */
 static bool asks_cache(const struct uffd_range *range, enum fill_for why)
 {
-	return why == FILL_AHEAD && !range->content->shared &&
+	return is_ahead(why) && !range->content->shared &&
 	       !atomic_load_explicit(&range->content->is_anonymous, memory_order_relaxed);
 }
 
@@ -253,16 +258,19 @@ static int put_source(struct uffd_range *range, uint64_t at, uint64_t length,
 {
 	const struct uffd_content *content = range->content;
 	uint64_t offset = content_offset(range, at);
-	uint64_t covered = uffd_content_covered(content, offset, length);
+	uint64_t covered = length;
 	int r;
 
 	if (uffd_content_is_tail(content, offset))
 		return put_tail(range, at, why, result_ret);
+	if (why != FILL_CHECKED)
+		covered = uffd_content_covered(content, offset, length);
 	if (!covered)
 		return -ENODATA;
 	r = put_bytes(range, at, covered, content->address + offset, why, result_ret);
 	/* The file was cut as it was copied: what was copied may be zeros. */
-	if (r == 0 && uffd_content_covered(content, offset, covered) < covered)
+	if (r == 0 && why != FILL_CHECKED &&
+	    uffd_content_covered(content, offset, covered) < covered)
 		note_failure(range->space->engine, at, covered, -ENODATA, UFFD_FAILED_SOURCE);
 	return r;
 }
@@ -331,7 +339,7 @@ int put_content(struct uffd_range *range, uint64_t at, uint64_t length, enum fil
 	const struct uffd_content *content = range->content;
 
 	*result_ret = (struct uffd_fill_result){ 0 };
-	if (why != FILL_AHEAD && content->overlay)
+	if (!is_ahead(why) && content->overlay)
 		uffd_overlay_read_around(content->overlay, content_offset(range, at), length);
 	if (content->writes_cache)
 		return put_by_cache(range, at, length, (struct cache_writer){ write_content, 0 },

@@ -10,6 +10,7 @@ enum fill_for {
 	FILL_MISSING,	/* a missing fault: the page itself */
 	FILL_MINOR,	/* a minor fault: the page cache holds it */
 	FILL_AHEAD,	/* no fault yet */
+	FILL_CHECKED,	/* the same; the caller looks whether the source's file is long enough */
 };
 
 int put_zeros(struct uffd_range *range, uint64_t at, uint64_t length, enum fill_for why,

@@ -381,7 +381,7 @@ static bool claim_filled(struct uffd_range *range, uint64_t page)
 	return (!needs_request(range, page) || is_zeros(range, page)) && claim_absent(range, page);
 }
 
-struct fill_run fill_absent(struct uffd_range *range, uint64_t at, uint64_t end)
+struct fill_run fill_absent(struct uffd_range *range, uint64_t at, uint64_t end, enum fill_for why)
 {
 	const struct uffd_content *content = range->content;
 	uint64_t tail_at = content->length - range->origin + range->start;
@@ -399,7 +399,7 @@ struct fill_run fill_absent(struct uffd_range *range, uint64_t at, uint64_t end)
 	while (stop < end && claim_filled(range, stop))
 		stop += range->page_size;
 	uffd_barrier(UFFD_BARRIER_FILL_CLAIMED);
-	r = put_content(range, at, stop - at, FILL_AHEAD, &result);
+	r = put_content(range, at, stop - at, why, &result);
 	uffd_barrier(UFFD_BARRIER_PLACED);
 	past = at + result.done + result.already_present;
 	set_filled(range, at, past, &result);

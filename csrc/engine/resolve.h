@@ -4,7 +4,7 @@
 #define UFFD_ENGINE_RESOLVE_H
 
 #include "core.h"
-#include "fill.h"
+#include "put.h"
 
 /* `fault`: from its message; NULL: the faulting thread is this one. */
 enum outcome resolve_page(struct uffd_range *range, uint64_t page, enum uffd_fault_kind kind,
@@ -35,7 +35,7 @@ struct fill_run {
 };
 
 /* Fill the first run of absent pages in [at, end); an empty run at `end`: none is left. */
-struct fill_run fill_absent(struct uffd_range *range, uint64_t at, uint64_t end);
+struct fill_run fill_absent(struct uffd_range *range, uint64_t at, uint64_t end, enum fill_for why);
 /* What to fill besides `page`: its chunk, or more chunks if faults are sequential. */
 void prefetch_span(struct uffd_range *range, uint64_t page, uint64_t *from_ret,
 		   uint64_t *to_ret);

@@ -8,6 +8,7 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <string.h>
 
 #include "barrier.h"
 #include "evict.h"
@@ -173,63 +174,77 @@ static bool is_handed_over(const struct window *window, uint64_t page, bool writ
 	       (!written_only || state == UFFD_PAGE_DIRTY || state == UFFD_PAGE_REMOVED);
 }
 
-static int write_pages(struct uffd_engine *engine, const struct uffd_range_ref *ref,
-		       const struct back_file *file, uint64_t offset, uint64_t length,
-		       uint64_t *done_ret)
+/*
+ * Write what is handed over of [first, past), which is all at one place.  Returns an error, and the
+ * first page that is not in the file.
+ */
+static int write_runs(const struct window *window, const struct back_file *file,
+		      const struct place *place, uint64_t first, uint64_t past, bool written_only,
+		      uint64_t *reached_ret)
 {
+	uint64_t size = window->page_size, page = first, from;
+	int r = 0;
+
+	while (r == 0 && page < past) {
+		uint64_t written = 0;
+
+		for (; page < past && !is_handed_over(window, page, written_only); page++)
+			;
+		for (from = page; page < past && is_handed_over(window, page, written_only); page++)
+			;
+		if (from == page)
+			break;
+		uffd_barrier(UFFD_BARRIER_EVICT_PLACED);
+		do
+			r = uffd_transfer_write(file->fd,
+						(int64_t)(file->begin + window->offset + from * size),
+						(void *)(uintptr_t)(place->address +
+								    (from - first) * size),
+						(page - from) * size, &written);
+		while (r == -EINTR);
+		if (r)
+			page = from + written / size;
+	}
+	*reached_ret = page;
+	return r;
+}
+
+/*
+ * Returns an error, and the first page that is not in the file.  Where pages are is looked up
+ * before they are written, and checked afterwards, once for all that are at one place.
+ */
+static int write_window(struct uffd_engine *engine, const struct uffd_range_ref *ref,
+			const struct back_file *file, struct window *window, bool written_only,
+			uint64_t *reached_ret)
+{
+	uint64_t size = window->page_size, page, past;
 	struct tries tries = { 0 };
 	struct place place;
 	int r = 0;
 
-	for (*done_ret = 0; r == 0 && *done_ret < length;) {
-		uint64_t at = offset + *done_ret, written = 0;
-
-		r = place_of(engine, ref, at, &place);
+	for (*reached_ret = 0; r == 0 && *reached_ret < window->pages;) {
+		page = *reached_ret;
+		if (!is_handed_over(window, page, written_only)) {
+			++*reached_ret;
+			continue;
+		}
+		r = place_of(engine, ref, window->offset + page * size, &place);
 		if (r)
-			return r;
-		uffd_barrier(UFFD_BARRIER_EVICT_PLACED);
-		do
-			r = uffd_transfer_write(file->fd, (int64_t)(file->begin + at),
-						(void *)(uintptr_t)place.address,
-						lower(place.left, length - *done_ret), &written);
-		while (r == -EINTR);
+			break;
+		past = lower(window->pages, page + place.left / size);
+		r = write_runs(window, file, &place, page, past, written_only, &page);
 		if (!is_still_there(engine, ref, &place)) {
 			r = try_again(engine, &tries);
 			continue;
 		}
 		tries.count = 0;
-		*done_ret += written;
-	}
-	return r;
-}
-
-/* Returns an error, and the first page that is not in the file. */
-static int write_window(struct uffd_engine *engine, const struct uffd_range_ref *ref,
-			const struct back_file *file, struct window *window, bool written_only,
-			uint64_t *reached_ret)
-{
-	uint64_t page = 0, first, done;
-	int r = 0;
-
-	while (r == 0 && page < window->pages) {
-		for (; page < window->pages && !is_handed_over(window, page, written_only); page++)
-			;
-		for (first = page; page < window->pages &&
-		     is_handed_over(window, page, written_only); page++)
-			;
-		*reached_ret = first;
-		if (first == page)
-			break;
-		r = write_pages(engine, ref, file, window->offset + first * window->page_size,
-				(page - first) * window->page_size, &done);
+		*reached_ret = page;
 		if (r == -EFAULT) {
-			page = first + done / window->page_size;
-			*reached_ret = page;
-			if (is_forbidden(engine, ref, window->page_size,
-					 window->offset + page * window->page_size))
+			if (is_forbidden(engine, ref, size, window->offset + page * size))
 				return -EACCES;
 			/* Dropped without a notice, with the inline driver: it stays. */
-			window->wanted[page++] = 0;
+			window->wanted[page] = 0;
+			++*reached_ret;
 			r = 0;
 		}
 	}
@@ -257,7 +272,7 @@ static int evict_window(struct uffd_engine *engine, const struct uffd_range_ref 
 			const struct back_file *file, struct window *window, bool written_only,
 			uint64_t *evicted)
 {
-	uint64_t length = window->pages * window->page_size, done, reached, page = 0;
+	uint64_t length = window->pages * window->page_size, done, reached, page = 0, wanted = 0;
 	uint8_t after[PAGES_AT_ONCE];
 	int r = uffd_engine_writeprotect(engine, ref, window->offset, length,
 					 UFFD_PROTECT_TO_EVICT, window->states);
@@ -271,12 +286,18 @@ static int evict_window(struct uffd_engine *engine, const struct uffd_range_ref 
 		call_written(engine, ref, window, page);
 		return r;
 	}
+	for (uint64_t i = 0; i < window->pages; i++)
+		wanted += window->wanted[i] * window->page_size;
 	r = uffd_engine_evict(engine, ref, window->offset, length, window->wanted, 0, &done,
 			      &reached);
 	*evicted += done;
-	if (r == 0)
-		r = uffd_engine_states(engine, ref, window->offset / window->page_size,
-				       window->pages, after);
+	if (r || done == wanted) {
+		/* All that went had not been written. */
+		memset(window->wanted, 0, sizeof(window->wanted));
+		return r;
+	}
+	r = uffd_engine_states(engine, ref, window->offset / window->page_size, window->pages,
+			       after);
 	for (uint64_t i = 0; i < window->pages; i++)
 		window->wanted[i] = r == 0 && window->wanted[i] && after[i] == UFFD_PAGE_DIRTY;
 	return r;

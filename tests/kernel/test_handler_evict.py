@@ -439,8 +439,8 @@ def replace(place: int, to: int, length: int) -> None:
     ctypes.memset(place, ord("f"), length)
 
 
-def moved_meanwhile(point: int, *, to_file: bool) -> None:
-    """What is mapped where evicted memory was stays, and is not taken for it."""
+def moved_meanwhile(point: int, *, to_file: bool, apart: bool) -> None:
+    """What is mapped where evicted memory was stays, and is not taken for it; pages are apart."""
     size = PAGES * 4096
     place, to = room(size), room(size)
     new, back = b"new".ljust(size, b"."), os.memfd_create("store")
@@ -455,7 +455,8 @@ def moved_meanwhile(point: int, *, to_file: bool) -> None:
     ):
         region = Region.at(place, size)
         handler.serve(region, source, mode=MISSING | WP)
-        region.write(0, new)
+        for at in range(0, size, 8192 if apart else 4096):
+            region.write(at, new[at : at + 4096])
         with holding(Point(point)) as held:
             evicting = Task(
                 lambda: handler.evict(
@@ -470,9 +471,13 @@ def moved_meanwhile(point: int, *, to_file: bool) -> None:
             else:
                 moving.result()
         moving.result()
-        assert evicting.result() == size
+        assert evicting.result() == size // (2 if apart else 1)
         assert ctypes.string_at(place, size) == b"f" * size
-        assert os.pread(back, size, 0) == ctypes.string_at(to, size) == new
+        data = content(size)
+        want = b"".join(
+            (data if apart and at % 8192 else new)[at : at + 4096] for at in range(0, size, 4096)
+        )
+        assert os.pread(back, size, 0) == ctypes.string_at(to, size) == want
     os.close(back)
 
 
@@ -481,8 +486,105 @@ def moved_meanwhile(point: int, *, to_file: bool) -> None:
     ("point", "to_file"),
     [(Point.EVICT_PLACED, True), (Point.EVICT_PLACED, False), (Point.EVICT_CLAIMED, True)],
 )
-def test_moved_meanwhile(point: Point, to_file: bool) -> None:
-    run_child(moved_meanwhile, point, to_file=to_file)
+@pytest.mark.parametrize("apart", [False, True])
+def test_moved_meanwhile(point: Point, to_file: bool, apart: bool) -> None:
+    run_child(moved_meanwhile, point, to_file=to_file, apart=apart)
+
+
+MANY = 1100  # pages: more than are evicted at once
+EVENTS = {
+    "none": Feature(0),
+    "moves": Feature.EVENT_REMAP | Feature.EVENT_UNMAP,
+    "all": Feature.EVENT_REMOVE | Feature.EVENT_REMAP | Feature.EVENT_UNMAP,
+}
+
+
+def apart(name: str, events: str) -> None:
+    """Every second page and some runs, of which each third was written, through each verb."""
+    make = Region.memfd if name == "shmem" else Region.anonymous
+    there = [page for page in range(MANY) if page % 2 == 0 or page % 100 < 5]
+    written = there[::3]
+    fd = os.memfd_create("store")
+    os.write(fd, content(MANY * 4096))
+    with (
+        Userfaultfd(features=TRACKING | EVENTS[events]) as uffd,
+        make(MANY * 4096) as region,
+        FileSource(fd) as source,
+        Handler(uffd, driver="native") as handler,
+    ):
+        handler.serve(region, source, mode=MISSING | WP)
+        pairs = [(page * 4096, (page + 1) * 4096) for page in there]
+        data = bytearray(content(region.length))
+
+        def load(by: bytes) -> None:
+            assert handler.populate(region, ranges=pairs) == len(there) * 4096
+            for page in written:
+                region.write(page * 4096, by)
+
+        def check(got: int) -> None:
+            assert got == len(there) * 4096
+            assert states(handler, region) == [ABSENT] * MANY
+            assert os.pread(fd, len(data), 0) == data
+
+        def put(by: bytes) -> None:
+            for page in written:
+                data[page * 4096 : page * 4096 + len(by)] = by
+
+        load(b"file")
+        put(b"file")
+        check(handler.evict(region, write_back=fd))
+        load(b"only")
+        put(b"only")
+        check(handler.evict(region, write_back=source, written_only=True))
+        load(b"call")
+        put(b"call")
+        check(handler.evict(region, write_back=lambda at, view: os.pwrite(fd, view, at)))
+        load(b"none")
+        check(handler.evict(region, write_back=None))
+        assert region.read() == data
+    os.close(fd)
+
+
+@needs(NEEDED | Feature.EVENT_REMAP | Feature.EVENT_UNMAP)
+@pytest.mark.parametrize("events", EVENTS)
+@pytest.mark.parametrize("name", ["anon", "shmem"])
+def test_pages_apart(name: str, events: str) -> None:
+    run_child(apart, name, events, budget_s=20)
+
+
+def one_in_flight(written_back: bool) -> None:
+    """A page between others is being filled: it is waited for, and goes with them."""
+    fd = os.memfd_create("store")
+    os.write(fd, content(5 * 4096))
+    with (
+        Userfaultfd(features=TRACKING) as uffd,
+        Region.anonymous(5 * 4096) as region,
+        FileSource(fd) as source,
+        Handler(uffd, driver="native") as handler,
+    ):
+        handler.serve(region, source, mode=MISSING | WP)
+        for page in (0, 4):
+            region.write(page * 4096, b"new")
+        with holding(Point.FILL_CLAIMED) as claimed:
+            filling = Task(handler.populate, region, 2 * 4096, 4096)
+            claimed.wait()
+            evicting = Task(lambda: handler.evict(region, write_back=fd if written_back else None))
+            time.sleep(0.05)
+            assert evicting.running
+        assert filling.result() == 4096
+        # If it had been protected before it came, it is not among those that go.
+        assert evicting.result() in ((2 * 4096, 3 * 4096) if written_back else (3 * 4096,))
+        data = bytearray(content(5 * 4096))
+        for at in (0, 4 * 4096) if written_back else ():
+            data[at : at + 3] = b"new"
+        assert region.read() == data
+    os.close(fd)
+
+
+@needs(NEEDED)
+@pytest.mark.parametrize("written_back", [False, True])
+def test_a_page_in_flight_among_them(written_back: bool) -> None:
+    run_child(one_in_flight, written_back)
 
 
 CASES: dict[str, Case] = {

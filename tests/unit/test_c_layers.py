@@ -57,6 +57,7 @@ FLOORS = [
     {"engine/spaces", "engine/slices", "engine/layout", "engine/stray"},
     {"engine/save", "engine/states", "engine/serve"},
     {"engine/resolve", "engine/promise", "engine/evict"},
+    {"engine/from_here"},
     {"engine/prefetch", "engine/answer", "engine/populate", "engine/supply", "engine/inline"},
     {
         "engine/drain",
