@@ -65,6 +65,7 @@ static int put_answer(struct uffd_engine *engine, const struct uffd_request *req
 	struct uffd_space *space = space_get(engine, request->space);
 	uint64_t end = request->offset + request->length, at, stop, past;
 	struct uffd_fill_result result;
+	uint64_t before = atomic_load(&engine->turned_away);
 	struct uffd_hold *hold = NULL;
 	struct uffd_range *range;
 	unsigned int shard;
@@ -107,7 +108,11 @@ static int put_answer(struct uffd_engine *engine, const struct uffd_request *req
 	}
 	past = at + result.done + result.already_present;
 	set_filled(range, at, past, &result);
-	wake_again(range, at, past);
+	/* That a huge page is there wakes nobody, see fill_of(). */
+	if (is_huge(range) && result.already_present)
+		wake_again(range, at, past);
+	else
+		wake_turned_away(range, at, past, before);
 	count(engine, COUNTER(filled_pages), result.done >> range->page_shift);
 	*filled += result.done;
 	*offset += past - at;

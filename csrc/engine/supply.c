@@ -48,7 +48,7 @@ static enum claimed claim_wanted(struct uffd_range *range, uint64_t page, bool *
 
 /* The filled pages [at, past) are still claimed: set their states. */
 static void settle_filled(struct uffd_range *range, uint64_t at, uint64_t past, bool unprotected,
-			  const struct uffd_fill_result *result)
+			  uint64_t turned_away, const struct uffd_fill_result *result)
 {
 	/* If this fails the pages stay protected, which is harmless. */
 	if (unprotected && at < past)
@@ -57,12 +57,17 @@ static void settle_filled(struct uffd_range *range, uint64_t at, uint64_t past, 
 		set_states(range, at, past, UFFD_PAGE_DIRTY);
 	else
 		set_filled(range, at, past, result);
-	wake_again(range, at, past);
+	/* That a huge page is there wakes nobody, see fill_of(). */
+	if (is_huge(range) && result->already_present)
+		wake_again(range, at, past);
+	else
+		wake_turned_away(range, at, past, turned_away);
 }
 
 static uint64_t supply_slice(const struct slices *all, struct uffd_range *range, uint64_t at,
 			     uint64_t end, int *error_ret, uint64_t *done_ret)
 {
+	uint64_t before = atomic_load(&all->engine->turned_away);
 	const struct supply *supply = all->context;
 	struct uffd_fill_result result;
 	enum claimed claimed = IS_THERE;
@@ -91,7 +96,7 @@ static uint64_t supply_slice(const struct slices *all, struct uffd_range *range,
 	} else if (*error_ret == 0 && result.deferred) {
 		*error_ret = -EAGAIN;
 	}
-	settle_filled(range, at, past, supply->unprotected, &result);
+	settle_filled(range, at, past, supply->unprotected, before, &result);
 	unclaim(range, past, stop, UFFD_PAGE_ABSENT);
 	if (requested)
 		settle_promises(range->space->engine);
