@@ -315,6 +315,26 @@ def test_an_error_does_not_lose_what_was_protected(uffd: Userfaultfd, pagemap: P
         assert len(tracked.ranges) == 0
 
 
+def test_an_error_behind_many_ranges_loses_none(uffd: Userfaultfd, pagemap: Pagemap) -> None:
+    """More ranges than are asked for by one ioctl, before the memory that is not tracked."""
+    pages = 10_000
+    with small_pages(2 * pages + 10) as region:
+        track(uffd, region)
+        uffd.unregister(region.start + 2 * pages * PAGE, 10 * PAGE)
+        for page in range(0, 2 * pages, 2):
+            region.write(page * PAGE, b"x")
+        with pytest.raises(UffdPermissionError) as caught:
+            pagemap.scan(region, category_mask=WRITTEN, flags=PROTECT)
+        partial = caught.value.data["partial"]
+        assert indexes(partial.ranges, region) == [(at, at + 1) for at in range(0, 2 * pages, 2)]
+        assert partial.walk_end == region.start + (2 * pages - 1) * PAGE
+        for page in range(0, 2 * pages, 2):
+            region.write(page * PAGE, b"y")
+        tracked = pagemap.scan(region.start, 2 * pages * PAGE, category_mask=WRITTEN, flags=PROTECT)
+        assert len(tracked.ranges) == pages
+        assert tracked.walk_end == region.start + 2 * pages * PAGE
+
+
 def test_memory_that_is_not_wp_async_is_refused(pagemap: Pagemap) -> None:
     with small_pages(4) as region:
         region.fill(1)
