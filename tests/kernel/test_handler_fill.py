@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import sys
 import threading
 from functools import partial
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from pyuffd import (
     Region,
     UffdOSError,
     Userfaultfd,
+    ZeroSource,
 )
 from pyuffd.sources import PROMISED, Promised
 from pyuffd.testing import needs
@@ -343,6 +345,44 @@ def beside_a_file_source() -> None:
 @needs(TRACKING)
 def test_beside_a_file() -> None:
     run_child(beside_a_file_source)
+
+
+def by_pages(handler: Handler, pages: int) -> int:
+    """How many calls Python makes to fill so many pages from a descriptor."""
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    with (
+        Region.anonymous(pages * 4096) as region,
+        open(os.memfd_create("data"), "w+b") as file,
+    ):
+        file.write(content(pages * 4096))
+        file.flush()
+        handler.serve(region, ZeroSource())
+        sys.setprofile(count)
+        try:
+            assert handler.fill(region, 0, file, data_offset=0) == pages * 4096
+        finally:
+            sys.setprofile(None)
+        assert region.read() == content(pages * 4096)
+        handler.unserve(region)
+    return calls
+
+
+def no_calls_by_page() -> None:
+    """Python does as much for 256 pages as for one: the descriptor is read in C."""
+    for driver in DRIVERS:
+        with handling(driver) as handler:
+            by_pages(handler, 1)
+            assert by_pages(handler, 256) == by_pages(handler, 1)
+
+
+@needs(TRACKING)
+def test_a_descriptor_is_read_in_c() -> None:
+    run_child(no_calls_by_page, budget_s=20)
 
 
 def from_data_that_block() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -23,8 +25,12 @@ from pyuffd.sources import PROMISED, Promised
 from pyuffd.testing import needs
 from tests._child import run_child
 from tests._memory import memory_params
+from tests.kernel._faults import Task
 from tests.kernel._serving import content, states, wait_until
 from tests.kernel._verbs import ABSENT, CLEAN, NEEDED, PAGES, PYTHON, Driver, filling, handling
+
+# Than the limit that a handler has by default.
+LONGER_S = 2.3
 
 
 class Recovering:
@@ -206,32 +212,46 @@ def test_asks_again_for_what_was_promised() -> None:
     run_child(broken_promises)
 
 
+class Waiting:
+    """A source that waits until a file exists, in whatever process."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __call__(self, offset: int, length: int) -> bytes:
+        """Return sevens, late."""
+        while not os.path.exists(self.path):
+            time.sleep(0.01)
+        return b"\7" * length
+
+
+def waits(path: str, driver: Driver) -> None:
+    source = Waiting(path)
+    with (
+        handling(driver, stall_timeout_s=math.inf) as handler,
+        filling(handler, "anon", CallableSource(source)) as region,
+    ):
+        reading = Task(region.read, 0, 1)
+        wait_until(lambda: handler.stats().requests == 1, "the page is asked for")
+        time.sleep(LONGER_S)
+        assert reading.running
+        assert handler.stats().failed == 0
+        open(path, "w").close()
+        assert reading.result() == b"\7"
+        assert handler.stats().stalled_requests == 0
+
+
 def waits_forever() -> None:
     """stall_timeout_s=inf: a source is waited for as long as it takes."""
-    go = threading.Event()
-
-    def slow(offset: int, length: int) -> bytes:
-        go.wait()
-        return content(length)
-
-    for driver in ("thread",):
-        with (
-            handling(driver, stall_timeout_s=math.inf) as handler,
-            filling(handler, "anon", CallableSource(slow)) as region,
-        ):
-            thread = threading.Thread(target=lambda: region.read(0, 1))
-            thread.start()
-            wait_until(lambda: handler.stats().requests == 1, "the page is asked for")
-            thread.join(0.3)
-            assert thread.is_alive()
-            go.set()
-            thread.join()
-            assert handler.stats().stalled_requests == 0
+    with tempfile.TemporaryDirectory() as folder:
+        tasks = [Task(waits, f"{folder}/{driver}", driver) for driver in PYTHON]
+        for task in tasks:
+            task.result()
 
 
 @needs(NEEDED)
 def test_waits_without_a_limit() -> None:
-    run_child(waits_forever)
+    run_child(waits_forever, budget_s=20)
 
 
 def chunks(handler: Handler, prefetch: int) -> None:

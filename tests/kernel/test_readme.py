@@ -189,6 +189,13 @@ def test_there_is_a_program() -> None:
     assert len(_readme.programs(_readme.README)) >= 1
 
 
+def test_the_first_program_is_short() -> None:
+    first = _readme.programs(_readme.README)[0].source
+    lines = [line for line in first.splitlines() if line.strip()]
+    assert len(lines) == 5
+    assert "pyuffd.lazy(" in first
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_program(program: _readme.Program) -> None:
     # A short name, as messages cut long ones.
