@@ -16,7 +16,7 @@ def run(setup: Setup) -> Iterator[Row | Skipped]:
     """Yield the rows of scans, of a round of tracking, and of a pagemap read."""
     for what, base, name, target in (
         ("scan", "scan", "PAGEMAP_SCAN / one ioctl", 1.15),
-        ("reset", "reset", "PAGEMAP_SCAN that write-protects again / one ioctl", 1.15),
+        ("reset", "reset", "PAGEMAP_SCAN that write-protects again / one ioctl", 1.1),
         # collect() tells dropped pages from written ones, so it asks whether each has content.
         ("track", "content", "DirtyTracker.collect() / one ioctl that asks the same", 1.2),
         ("track", "reset", "DirtyTracker.collect() / one ioctl for written pages alone", 1.2),

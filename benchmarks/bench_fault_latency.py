@@ -29,7 +29,7 @@ def run(setup: Setup) -> Iterator[Row | Skipped]:
         else:
             yield _pair(setup, kind, "native", "spinning", other, Target("<=", 1.10), name)
         name = f"{kind} fault: native on the faulter's CPU / read(2) loop there"
-        yield _pair(setup, kind, "native", "reading", cpu, Target("<=", 1.2), name)
+        yield _pair(setup, kind, "native", "reading", cpu, Target("<=", 1.15), name)
         yield _pair(setup, kind, "inline", "sigbus", _ANY_CPU, Target("<=", 1.15))
         yield _pair(setup, kind, "native", "blocking", _ANY_CPU, None)
 

@@ -45,9 +45,9 @@ def _process(setup: Setup, way: str, handler_cpu: int, name: str) -> Iterator[Ro
         setup.member("process", pages, cpu, handler_cpu, module=_MODULE),
         setup.rounds,
     )
-    yield latency_row(f"missing fault, Python: {name}", pairs, target=Target("<=", 1.6))
+    yield latency_row(f"missing fault, Python: {name}", pairs, target=Target("<=", 1.3))
     rates = [(a.per_second / 1e3, b.per_second / 1e3) for a, b in pairs]
-    yield ratio_row(f"missing faults, Python: {name}", rates, unit="k/s", target=Target(">=", 0.5))
+    yield ratio_row(f"missing faults, Python: {name}", rates, unit="k/s", target=Target(">=", 0.7))
 
 
 def _thread(setup: Setup) -> Row:
@@ -59,7 +59,7 @@ def _thread(setup: Setup) -> Row:
         setup.rounds,
     )
     return latency_row(
-        "missing fault of a child, Python: thread / spinning", pairs, target=Target("<=", 2.0)
+        "missing fault of a child, Python: thread / spinning", pairs, target=Target("<=", 1.5)
     )
 
 
@@ -91,7 +91,7 @@ def _adopted(setup: Setup) -> Row:
         setup.rounds,
     )
     name = f"missing fault: {_FDS} userfaultfds / 1, one native thread"
-    return latency_row(name, pairs, target=Target("<=", 1.5))
+    return latency_row(name, pairs, target=Target("<=", 1.2))
 
 
 def _start(setup: Setup) -> Row:

@@ -33,7 +33,7 @@ def run(setup: Setup) -> Iterator[Row | Skipped]:
             setup.rounds,
         )
         name = f"missing fault: {driver}, {_REGIONS} regions / 1 region"
-        yield latency_row(name, pairs, target=Target("<=", 1.2))
+        yield latency_row(name, pairs, target=Target("<=", 1.1), target_p99=Target("<=", 1.3))
     yield _rare_faults(setup)
 
 

@@ -14,6 +14,8 @@ _QUICK_RESTORE = 128 << 20
 _PAGES = 65536
 _QUICK_PAGES = 8192
 _MIB_PER_S = 1e9 / (1 << 20)
+#: Of the copies alone. The native driver has a thread for them.
+_LEAST = {"native": 0.98, "inline": 0.95}
 
 
 def run(setup: Setup) -> Iterator[Row | Skipped]:
@@ -34,15 +36,30 @@ def run(setup: Setup) -> Iterator[Row | Skipped]:
 
 def _restore(setup: Setup, name: str, driver: str, memory: str, length: int) -> Iterator[Row]:
     pairs = run_pairs(
-        command(setup.programs.fill, memory, length),
+        command(setup.programs.fill, memory, length, "ahead"),
         setup.member("fill", driver, memory, length),
         setup.rounds,
     )
     size = length * _MIB_PER_S
     copies = [(size / a.wall_ns, size / b.wall_ns) for a, b in pairs]
-    yield ratio_row(f"{name} / 2 MiB UFFDIO_COPYs", copies, unit="MiB/s", target=Target(">=", 0.95))
+    yield ratio_row(
+        f"{name} / 2 MiB UFFDIO_COPYs", copies, unit="MiB/s", target=Target(">=", _LEAST[driver])
+    )
     same_work = [(size / a.samples[0], size / b.wall_ns) for a, b in pairs]
     yield ratio_row(f"{name} / the same, then touched", same_work, unit="MiB/s", target=None)
+    if driver != "native" or setup.other_cpu is None:
+        return
+    pairs = run_pairs(
+        command(setup.programs.fill, memory, length, "lazily"),
+        setup.member("fill", driver, memory, length),
+        setup.rounds,
+    )
+    yield ratio_row(
+        f"{name} / a thread that does only that",
+        [(size / a.wall_ns, size / b.wall_ns) for a, b in pairs],
+        unit="MiB/s",
+        target=Target(">=", 0.98),
+    )
 
 
 def _two_threads(setup: Setup) -> Iterator[Row | Skipped]:
