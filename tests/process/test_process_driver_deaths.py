@@ -25,6 +25,7 @@ from pyuffd import (
     FileSource,
     Handler,
     HandlerError,
+    HelperLostError,
     PagePoisonedError,
     PageState,
     Region,
@@ -33,6 +34,7 @@ from pyuffd import (
     ZeroSource,
     _memory,
 )
+from pyuffd.handlers.process import _wire
 from pyuffd.testing import needs
 from pyuffd.testing._needs import needs_kernel_faults
 from tests._barriers import Point
@@ -622,3 +624,32 @@ def killed_in_a_child(which: str) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(middle, 0)[1]) == -signal.SIGKILL
     with open(read, "rb") as pipe:
         assert pipe.read() == b"EFAULT"
+
+
+def no_memory_for_an_answer() -> None:
+    """Whatever ends the thread that hears the helper, nobody waits for an answer forever."""
+    receive = _wire.receive
+
+    def failing(*args: Any, **options: Any) -> Any:
+        receive(*args, **options)
+        raise MemoryError
+
+    with Userfaultfd() as uffd, Region.anonymous(LENGTH) as region:
+        handler = Handler(uffd, driver="process")
+        handler.serve(region, CallableSource(sources.page))
+        handler.start()
+        assert region.read(0, PAGE) == content(PAGE)
+        pids = processes(handler)
+        _wire.receive = failing
+        with pytest.raises(HelperLostError, match="MemoryError"):
+            handler.stats()
+        with pytest.raises(HelperLostError):
+            handler.stop()
+        assert region.read(0, PAGE) == content(PAGE)
+        with pytest.raises(PagePoisonedError):
+            region.read(PAGE, PAGE)
+        wait_until(lambda: all(gone(pid) for pid in pids), "end of the helper")
+
+
+def test_no_memory_for_an_answer() -> None:
+    run_child(no_memory_for_an_answer)

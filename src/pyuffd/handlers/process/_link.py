@@ -20,7 +20,7 @@ import time
 from collections import deque
 from typing import Any
 
-from pyuffd._describe import log_error
+from pyuffd._describe import described, log_error
 from pyuffd._errors import HelperLostError
 from pyuffd._latch import Latch
 from pyuffd._limits import start_thread
@@ -229,15 +229,19 @@ class HelperLink:
                 self._begun.set()
 
     def _talk(self) -> None:
-        with contextlib.suppress(EOFError, OSError):
-            while self._step():
-                pass
-        if self._process.ended(END_LIMIT_S):
-            self._how = self._process.how()
-        else:
-            self._how = "has closed its connection"
-        self._lost = True
-        self._forget_all()
+        try:
+            with contextlib.suppress(EOFError, OSError):
+                while self._step():
+                    pass
+            if self._process.ended(END_LIMIT_S):
+                self._how = self._process.how()
+            else:
+                self._how = "has closed its connection"
+        except Exception as error:  # no memory, or poll(2) with RLIMIT_NOFILE below three
+            self._how = f"cannot be reached: {described(error)}"
+        finally:  # otherwise every call would wait forever
+            self._lost = True
+            self._forget_all()
         if self._ready and not self._is_leaving:
             log_error(log, str(self._lost_error()), self._died)
 
