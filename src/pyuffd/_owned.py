@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from pyuffd import _limits
 from pyuffd._closing import SoleOwner
-from pyuffd._errors import raise_errno
+from pyuffd._errors import UffdOSError, limit_met, raise_errno
 from pyuffd._shim import ffi, lib
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Descriptor(Owner):
         self = cls()
         code = lib.uffd_owned_duplicate(fd, least, self._cell)
         if code:
-            raise OSError(-code, os.strerror(-code))
+            raise UffdOSError(-code, f"duplicate descriptor {fd}", hint=limit_met(-code))
         return self
 
     @classmethod
@@ -106,7 +106,7 @@ class Descriptor(Owner):
         self = cls()
         code = lib.uffd_owned_eventfd(self._cell)
         if code:
-            raise OSError(-code, os.strerror(-code))
+            raise UffdOSError(-code, "eventfd2", hint=limit_met(-code))
         return self
 
     @classmethod
@@ -115,7 +115,7 @@ class Descriptor(Owner):
         ends = cls(), cls()
         code = lib.uffd_owned_pipe(least, ends[0]._cell, ends[1]._cell)
         if code:
-            raise OSError(-code, os.strerror(-code))
+            raise UffdOSError(-code, "pipe2", hint=limit_met(-code))
         return ends
 
     @classmethod

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import array
+import errno
 import gc
 import mmap
 import os
+import resource
 import signal
 import socket
 from collections.abc import Iterator
@@ -285,3 +287,18 @@ def test_messages_that_are_no_messages_yet() -> None:
     with pytest.raises(IndexError):
         messages[0]
     messages.close()
+
+
+@pytest.mark.parametrize("name", ["duplicate", "eventfd", "pipe"])
+def test_what_no_descriptor_was_free_for(name: str) -> None:
+    """The error says what was to be made, and which limit was met."""
+    make = {"duplicate": lambda: Descriptor.duplicate(0)}.get(name) or getattr(Descriptor, name)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+    try:
+        with pytest.raises(OSError, match="RLIMIT_NOFILE") as caught:
+            make()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert caught.value.errno == errno.EMFILE
+    assert name in str(caught.value)

@@ -83,6 +83,9 @@ def _run(args: argparse.Namespace) -> int:
     if args.report is not None and not Path(args.report).resolve().parent.is_dir():
         print(f"pyuffd: --report {args.report}: there is no such folder", file=sys.stderr)
         return EXIT_ERROR
+    if args.report is not None and not os.access(Path(args.report).resolve().parent, os.W_OK):
+        print(f"pyuffd: --report {args.report}: the folder cannot be written", file=sys.stderr)
+        return EXIT_ERROR
     suite = importlib.util.find_spec("pyuffd.conformance.test_suite")
     assert suite is not None
     assert suite.origin is not None
