@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: MIT
 #define _GNU_SOURCE
 #include <errno.h>
-#include <poll.h>
 #include <unistd.h>
 
 #include "uffd_transfer.h"
+#include "base/poll.h"
 
 static int wait_for(int fd, short events)
 {
 	struct pollfd ready = { .fd = fd, .events = events };
 
-	return poll(&ready, 1, -1) < 0 ? -errno : 0;
+	return uffd_poll(&ready, 1, -1) < 0 ? -errno : 0;
 }
 
 int uffd_transfer_read(int fd, int64_t at, void *target, uint64_t length, uint64_t *done)

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
 #define _GNU_SOURCE
-#include <poll.h>
 #include <unistd.h>
 
 #include "line.h"
+#include "base/poll.h"
 
 void uffd_line_text(struct uffd_line *line, const char *text)
 {
@@ -29,7 +29,7 @@ bool uffd_line_can_write(int fd)
 {
 	struct pollfd poll_fd = { .fd = fd, .events = POLLOUT };
 
-	return poll(&poll_fd, 1, 0) == 1 && (poll_fd.revents & POLLOUT);
+	return uffd_poll(&poll_fd, 1, 0) == 1 && (poll_fd.revents & POLLOUT);
 }
 
 void uffd_line_write(struct uffd_line *line, int fd)

@@ -3,7 +3,6 @@
  * The leader's loop: a step, deferred faults, prefetching, and sleep.
  */
 #define _GNU_SOURCE
-#include <poll.h>
 #include <sched.h>
 #include <sys/epoll.h>
 #include <sys/syscall.h>
@@ -18,6 +17,7 @@
 #include "step.h"
 #include "stray.h"
 #include "base/clock.h"
+#include "base/poll.h"
 
 /* Retry deferred faults at least this often. */
 #define DEFERRED_POLL_MS	1
@@ -139,7 +139,7 @@ static void wait_for_one(struct uffd_engine *engine, int timeout_ms)
 		  .events = POLLIN },
 	};
 
-	poll(fds, 3, timeout_ms);
+	uffd_poll(fds, 3, timeout_ms);
 	if (fds[0].revents & POLLIN)
 		silence(engine->wake_fd);
 	if (fds[1].revents & POLLIN)

@@ -6,7 +6,6 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <poll.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <sys/epoll.h>
@@ -22,6 +21,7 @@
 #include "spaces.h"
 #include "stray.h"
 #include "base/clock.h"
+#include "base/poll.h"
 #include "base/threads.h"
 
 /* A worker process and its holder are killed with the keeper; they end within this time. */
@@ -35,7 +35,7 @@ static void stand_by(struct uffd_engine *engine)
 		{ .fd = engine->stop_fd, .events = POLLIN },
 	};
 
-	poll(fds, 2, -1);
+	uffd_poll(fds, 2, -1);
 	if (!(fds[0].revents & POLLIN))
 		return;
 	silence(engine->watchdog_fd);
@@ -62,12 +62,12 @@ static void await_helper(struct uffd_engine *engine)
 		{ .fd = engine->options.helper_pidfd, .events = POLLIN },
 	};
 
-	while (poll(fds, 2, -1) < 1)
+	while (uffd_poll(fds, 2, -1) < 1)
 		;
 	if (atomic_load(&engine->stop))
 		return;
 	fds[1].fd = engine->options.helper_life;
-	poll(fds, 2, HELPERS_END_MS);
+	uffd_poll(fds, 2, HELPERS_END_MS);
 	if (atomic_load(&engine->stop))
 		return;
 	say_helper_ended(engine);

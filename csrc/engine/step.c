@@ -2,7 +2,6 @@
 /* One step of the leader: read, apply, resolve. */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <poll.h>
 #include <sys/epoll.h>
 
 #include "barrier.h"
@@ -20,6 +19,7 @@
 #include "step.h"
 #include "stray.h"
 #include "base/clock.h"
+#include "base/poll.h"
 
 /*
  * The interval of retries of a read that failed for lack of a descriptor.  Faults are still
@@ -172,7 +172,7 @@ static void put_off(struct uffd_space *space, int error)
 		say_read_is_put_off(space, error);
 	}
 	space->is_put_off = true;
-	poll(&wake, 1, PUT_OFF_MS);
+	uffd_poll(&wake, 1, PUT_OFF_MS);
 }
 
 static void note_read(struct uffd_space *space)

@@ -2,7 +2,6 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
-#include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdnoreturn.h>
@@ -19,6 +18,7 @@
 #include "spaces.h"
 #include "stats.h"
 #include "successor.h"
+#include "base/poll.h"
 
 int uffd_keeper_follow_parent(int32_t parent)
 {
@@ -37,7 +37,7 @@ static noreturn void hold(int32_t keeper, int32_t worker, const int32_t *sockets
 	ended.fd = (int)syscall(SYS_pidfd_open, worker, 0);
 	if (ended.fd < 0 || uffd_keeper_follow_parent(keeper))
 		_exit(1);
-	while (poll(&ended, 1, -1) < 1)
+	while (uffd_poll(&ended, 1, -1) < 1)
 		;
 	for (uint32_t i = 0; i < count; i++)
 		shutdown(sockets[i], SHUT_RDWR);

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
 #define _GNU_SOURCE
 #include <limits.h>
-#include <poll.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -19,6 +18,7 @@
 #include "watch.h"
 #include "words.h"
 #include "base/line.h"
+#include "base/poll.h"
 
 #define NS_PER_S	1000000000ull
 /* How often to look: one poll(2) of each descriptor, and more only if a thread waits. */
@@ -138,7 +138,7 @@ static bool has_unread(struct entry *entry, bool *is_event_ret)
 
 	entry->reads = now;
 	/* A blocking userfaultfd gives POLLERR, whether messages are queued or not. */
-	if (poll(&poll_fd, 1, 0) != 1 || !(poll_fd.revents & (POLLIN | POLLERR)))
+	if (uffd_poll(&poll_fd, 1, 0) != 1 || !(poll_fd.revents & (POLLIN | POLLERR)))
 		return false;
 	if (uffd_waiters_fdinfo(entry->watched.fd, &info) || info.pending != info.waiting)
 		return false;

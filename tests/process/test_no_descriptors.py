@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -14,7 +15,17 @@ from typing import Literal
 
 import pytest
 
-from pyuffd import BufferSource, CallableSource, Feature, FileSource, Fork, Handler, HandlerError
+from pyuffd import (
+    BufferSource,
+    CallableSource,
+    Feature,
+    FileSource,
+    Fork,
+    Handler,
+    HandlerError,
+    Region,
+    Userfaultfd,
+)
 from pyuffd.testing import FaultingChild, needs
 from pyuffd.testing._run import SCALE
 from tests._child import run_child
@@ -171,3 +182,46 @@ def test_a_reader_is_told_and_loses_nothing(is_imported: bool) -> None:
 
 def test_a_task_is_told_and_loses_nothing() -> None:
     run_child(read_by_a_task)
+
+
+def below_what_is_open(driver: Driver) -> None:
+    with Userfaultfd() as uffd, Region.anonymous(8 * PAGE) as region:
+        handler = Handler(uffd, driver=driver)
+        with handler:
+            handler.serve(region, source(driver, len(region)))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (0, HARD))
+            for page in range(4):
+                assert region.read(page * PAGE, PAGE) == b"c" * PAGE
+            time.sleep(0.1)
+            before = time.process_time()
+            time.sleep(1)
+            spent = time.process_time() - before
+            resource.setrlimit(resource.RLIMIT_NOFILE, (HARD, HARD))
+            assert spent < 0.05  # a busy machine gives a thread that does not sleep more
+        assert handler.stats().faults["missing"] == 4
+
+
+@pytest.mark.parametrize("driver", ["native", "thread"])
+def test_a_limit_below_what_is_open(driver: Driver) -> None:
+    """poll(2) refuses more descriptors than the limit; the driver's thread never slept then."""
+    run_child(below_what_is_open, driver)
+
+
+def waits_with_the_gil() -> None:
+    with (
+        Userfaultfd() as uffd,
+        Region.anonymous(8 * PAGE) as region,
+        Handler(uffd, driver="thread", stall_timeout_s=1) as handler,
+    ):
+        handler.serve(region, source("thread", len(region)))
+        region.read(0, 1)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, HARD))
+        for page in range(1, 4):
+            region.read(page * PAGE, 1)
+        bytes(region.memoryview()[4 * PAGE : 4 * PAGE + 1])
+
+
+def test_a_stall_below_what_is_open() -> None:
+    """The thread that ends a stall polls too."""
+    ended = run_child(waits_with_the_gil, expect=-signal.SIGBUS, budget_s=20)
+    assert "the source has not answered in time; it is poisoned" in ended.stderr

@@ -16,7 +16,7 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 # From bottom to top. A module is a .c file with its header, or either alone. It includes modules of
 # lower floors, and none of its own floor.
 FLOORS = [
-    {"base/threads"},
+    {"base/threads", "base/poll"},
     {"uffd_abi", "base/page", "base/array", "base/line", "base/clock", "base/gentle", "base/tasks"},
     {"uffd_shim", "uffd_transfer", "uffd_pagemap", "uffd_owner", "access/sigbus", "access/guarded"},
     {"watch/watched", "watch/reads", "uffd_residency"},
