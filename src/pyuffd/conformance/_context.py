@@ -32,6 +32,9 @@ __all__ = ["WAIT_S", "Access", "Child", "Context", "Mismatch", "Monitor", "lette
 P = ParamSpec("P")
 T = TypeVar("T")
 
+# How long whoever reads the files of a process may hold its memory.
+MOMENT_S = 2.0
+LOOK_S = 0.001
 WP_LETTER = 3
 PAGES_SHOWN = 8
 EVENTS_SHOWN = 8
@@ -182,6 +185,17 @@ class Context(SoleOwner):
         self._seen.append(f"{what}: {show(seen)}")
         if not any(_same(seen, value) for value in wanted):
             self.fail(what, seen, *wanted)
+
+    def until(self, wanted: object, look: Callable[[], T]) -> T:
+        """Look again until `wanted` is seen, for a moment; return what was seen last.
+
+        Whoever reads the files of a process (ps, a monitor) holds its memory meanwhile, so that
+        it may outlive its process for a moment.
+        """
+        end = time.monotonic() + MOMENT_S
+        while (seen := look()) != wanted and time.monotonic() < end:
+            time.sleep(LOOK_S)
+        return seen
 
     def expect_variant(self, what: str, seen: object, **wanted: object) -> str:
         """Fail unless `seen` is what one of the case's variants predicts; return its name.

@@ -31,7 +31,7 @@ from pyuffd.conformance._types import (
     poison_features,
 )
 from pyuffd.regions import Region
-from pyuffd.testing._memory_types import SMALL_PAGE, MemoryType
+from pyuffd.testing._memory_types import HUGE_PAGE, SMALL_PAGE, MemoryType
 
 UNKNOWN_MODE = 1 << 63
 KERNEL_ADDRESS = 1 << 63
@@ -248,6 +248,8 @@ def orphan(ctx: Context, child: Child) -> int:
     fd = os.dup(child.uffd.fileno())
     ctx.callback(os.close, fd)
     child.close()
+    anywhere = 1 << 30, HUGE_PAGE, 0
+    ctx.until(errno.ESRCH, lambda: ctx.ioctl("WRITEPROTECT", *anywhere, uffd=fd).errno)
     return fd
 
 

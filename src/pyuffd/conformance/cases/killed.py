@@ -199,8 +199,9 @@ def killed_unread(ctx: Context) -> None:
     ctx.expect_quiet(child.uffd)
     ctx.expect_errno(errno.EAGAIN, os.read, child.uffd.fileno(), MESSAGE_SIZE)
     # The layout is no longer changing, so the errno is that of an ended process, and not EAGAIN.
-    answer = ctx.ioctl("ZEROPAGE", region.start, ctx.page, 0, 0, uffd=child.uffd)
-    ctx.expect("errno of ZEROPAGE", answer.errno, errno.ESRCH)
+    words = region.start, ctx.page, 0, 0
+    code = ctx.until(errno.ESRCH, lambda: ctx.ioctl("ZEROPAGE", *words, uffd=child.uffd).errno)
+    ctx.expect("errno of ZEROPAGE", code, errno.ESRCH)
 
 
 def _forking(child: Child) -> int:
