@@ -49,7 +49,7 @@ ASAN_ENV = LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-fil
 # process. Its mappings may fall into a gap that a test left or beside the test's mapping, and freed memory stays mapped.
 # Its mlock() and mlockall() do nothing. Python's objects are in its memory, so a program has no heap for a snapshot.
 ASAN_SUITE := tests/kernel/conformance/test_conformance.py::test
-ASAN_WITHOUT := $(foreach name,COPY.ENOMEM MOVE.ENOMEM ZEROPAGE.ENOMEM WRITEPROTECT.ENOMEM POISON.ENOMEM \
+ASAN_WITHOUT := $(foreach name,COPY.ENOMEM MOVE.ENOMEM CONTINUE.ENOMEM ZEROPAGE.ENOMEM WRITEPROTECT.ENOMEM POISON.ENOMEM \
 	REGISTER.ok.across-a-gap REGISTER.ok.between-gaps REGISTER.ok.fills-the-gap CONTINUE.EEXIST.page-can-go \
 	MOVE.EBUSY.page-can-go,--deselect '$(ASAN_SUITE)[UFFDIO_$(name)') $(foreach name,test_diagnosis.py::test_too_many_mappings \
 	test_handler_present.py::test_locked_memory test_regions_limits.py \
