@@ -57,6 +57,25 @@ def refused(offset: int, length: int) -> bytes:
     raise OSError(errno.EACCES, "not for you")
 
 
+def forks(offset: int, length: int) -> bytes:
+    """Fork, and come back from both processes."""
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 1
+    return page(offset, length)
+
+
+def forks_and_raises(offset: int, length: int) -> bytes:
+    """Fork, and raise in the child."""
+    child = os.fork()
+    if not child:
+        raise LookupError("in the child")
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 1
+    return page(offset, length)
+
+
 def short(offset: int, length: int) -> bytes:
     """Return too few bytes."""
     return b"x" * (length - 1)

@@ -120,3 +120,19 @@ def test_texts() -> None:
     text = traceback_of(outer)
     assert text.count("more characters)") == 2
     assert len(text) < 3 * TEXT_MOST
+
+
+def forked(driver: Driver, name: str) -> None:
+    with Userfaultfd() as uffd, Region.anonymous(4 * PAGE) as region:
+        with Handler(uffd, driver=driver) as handler:
+            handler.serve(region, CallableSource(getattr(sources, name)))
+            assert region.read(0, 4 * PAGE) == sources.page(0, 4 * PAGE)
+        assert handler.stats().faults["missing"] == 4
+
+
+@both_drivers
+@pytest.mark.parametrize("name", ["forks", "forks_and_raises"])
+def test_a_source_that_forks(driver: Driver, name: str) -> None:
+    """The child would answer too, and live on with the userfaultfd; the source waits for it."""
+    ended = run_child(forked, driver, name, budget_s=20)
+    assert ended.stderr.count("a process that a page source forked came back") == 4
