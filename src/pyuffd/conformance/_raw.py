@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
-import fcntl
 import struct
 from dataclasses import dataclass
 
 from pyuffd._uffd import Userfaultfd
 
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
 _READ, _WRITE = 2 << 30, 1 << 30
 # name: (direction, number, 64-bit words of the argument)
 _IOCTLS = {
@@ -56,13 +58,21 @@ def request(name: str) -> int:
 def ioctl(uffd: Userfaultfd | int, name: str, *words: int) -> Answer:
     """Make one ioctl with exactly these 64-bit words, padded with zeros.
 
-    GIL: released, as fcntl.ioctl does.
+    GIL: released.
     """
     count = _IOCTLS[name][2]
     argument = bytearray(struct.pack(f"={count}Q", *words, *[0] * (count - len(words))))
     fd = uffd if isinstance(uffd, int) else uffd.fileno()
-    try:
-        code = -fcntl.ioctl(fd, request(name), argument)
-    except OSError as error:
-        code = error.errno or errno.EIO
-    return Answer(code, struct.unpack(f"={count}Q", argument))
+    return Answer(-call(fd, request(name), argument), struct.unpack(f"={count}Q", argument))
+
+
+def call(fd: int, number: int, argument: bytearray) -> int:
+    """Make one ioctl; return what it returns, or -errno.
+
+    A failed ioctl of userfaultfd has an answer in its argument too, but fcntl.ioctl makes the call
+    with a copy, and from Python 3.14 on copies it back only if the call succeeds.
+
+    GIL: released.
+    """
+    result = int(_LIBC.ioctl(fd, number, (ctypes.c_char * len(argument)).from_buffer(argument)))
+    return -ctypes.get_errno() if result < 0 else result

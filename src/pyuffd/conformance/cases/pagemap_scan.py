@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import random
 import struct
 from dataclasses import dataclass
 
 from pyuffd._abi import Feature, PageCategory, RegisterMode, ScanFlag
+from pyuffd.conformance import _raw
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Context
 from pyuffd.conformance._types import ALL, ANON, ANY
@@ -95,13 +95,11 @@ def scan(
     )
     argument = bytearray(struct.pack("=12Q", *words))
     fd = os.open(f"/proc/{pid or 'self'}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    code = count = 0
     try:
-        count = fcntl.ioctl(fd, PAGEMAP_SCAN, argument)
-    except OSError as error:
-        code = error.errno or errno.EIO
+        count = _raw.call(fd, PAGEMAP_SCAN, argument)
     finally:
         os.close(fd)
+    code, count = max(-count, 0), max(count, 0)
     found = tuple((ranges[i], ranges[i + 1], ranges[i + 2]) for i in range(0, 3 * count, 3))
     result = Scan(code, count, found, struct.unpack("=12Q", argument)[4])
     ctx.note(f"PAGEMAP_SCAN {[hex(word) for word in words[1:4]]}: {result}")
