@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,11 +17,12 @@ from typing import Literal
 
 import pytest
 
-from pyuffd import PageRanges, Process, Region, Snapshot, write_core
+from pyuffd import PageRanges, Process, Region, Snapshot, SnapshotProgress, write_core
 from pyuffd import _image_calls as calls
 from pyuffd._memory import fallocate
+from pyuffd._pages import HUGE_PAGE_2M as HUGE_PAGE
 from pyuffd.snapshot import _capture
-from pyuffd.testing import needs_privilege
+from pyuffd.testing import needs_hugepages, needs_privilege
 from tests.process._core import PAGE, Core
 
 pytestmark = needs_privilege("CAP_SYS_PTRACE", "CAP_SYS_ADMIN")
@@ -28,6 +31,7 @@ PAGES = 600  # more than one piece of 1 MiB
 LENGTH = PAGES * PAGE
 PUNCH_HOLE = 3
 LONG_S = 5.0
+PIECE = 1 << 20  # what is copied at once
 F_SEAL_WRITE = 8
 TARGET = """
 import ctypes, mmap, os, sys
@@ -263,3 +267,171 @@ def test_only_what_differs_is_written() -> None:
         with pytest.raises(PermissionError):
             calls.write(span.memoryview(), other, pieces, fd, if_changed=True)
     os.close(fd)
+
+
+@pytest.mark.parametrize("method", ["precopy", "cow"])
+def test_the_rate_holds_before_the_stop(
+    method: Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rate = 8 << 20
+    times: dict[str, float] = {}
+    done: list[tuple[float, int]] = []
+
+    def told(progress: SnapshotProgress) -> None:
+        if "ahead" not in times:
+            assert progress.phase == "before"
+            done.append((time.monotonic(), progress.bytes))
+
+    with shared() as memory:
+        monkeypatch.setattr(
+            _capture, "barrier", lambda name: times.setdefault(name, time.monotonic())
+        )
+        Snapshot.take(
+            memory.process,
+            tmp_path / "one",
+            method=method,
+            shared="pause",
+            rate=rate,
+            max_stall_s=LONG_S,
+            progress=told,
+        )
+    copied = LENGTH - 5 * PAGE  # but for the hole
+    assert done[-1][1] == copied
+    assert times["ahead"] - times["begun"] >= copied / rate
+    for at, size in done:
+        assert size <= rate * (at - times["begun"]) + PIECE
+
+
+@dataclass
+class Huge:
+    """A memfd of huge pages that a process has mapped."""
+
+    fd: int
+    start: int
+    process: Process
+    area: mmap.mmap
+    content: bytearray
+
+    def write(self, at: int, data: bytes) -> None:
+        """Through a mapping: hugetlbfs has no write(2)."""
+        self.area[at : at + len(data)] = self.content[at : at + len(data)] = data
+
+    def punch(self, page: int) -> None:
+        fallocate(self.fd, PUNCH_HOLE, page * HUGE_PAGE, HUGE_PAGE)
+        self.content[page * HUGE_PAGE : (page + 1) * HUGE_PAGE] = bytes(HUGE_PAGE)
+
+    def touch(self, page: int) -> None:
+        """Fill a hole with a page of zeros."""
+        assert not self.area[page * HUGE_PAGE]
+
+    def allocated(self) -> int:
+        return os.fstat(self.fd).st_blocks * 512
+
+
+@contextmanager
+def huge() -> Iterator[Huge]:
+    """Six of them, of which 3 and 5 are holes."""
+    fd = os.memfd_create("huge", os.MFD_HUGETLB)
+    length = 6 * HUGE_PAGE
+    os.ftruncate(fd, length)
+    words = [sys.executable, "-c", TARGET, str(fd), str(length)]
+    pipe = subprocess.PIPE
+    with mmap.mmap(fd, length) as area:
+        program = subprocess.Popen(words, stdin=pipe, stdout=pipe, pass_fds=[fd], text=True)
+        try:
+            assert program.stdout is not None
+            start = int(program.stdout.readline())
+            with Process(program.pid) as process:
+                memory = Huge(fd, start, process, area, bytearray(length))
+                for page in (0, 1, 2, 4):
+                    memory.write(page * HUGE_PAGE, random.Random(page).randbytes(HUGE_PAGE))
+                yield memory
+        finally:
+            program.kill()
+            program.communicate()
+            os.close(fd)
+
+
+def huge_nothing(_memory: Huge) -> None:
+    pass
+
+
+def huge_written(memory: Huge) -> None:
+    memory.write(100, b"new")
+    memory.write(HUGE_PAGE + 4096 * 300 - 5, b"over the end of a small page")
+    memory.write(5 * HUGE_PAGE - 4, b"last")
+
+
+def huge_filled(memory: Huge) -> None:
+    memory.write(3 * HUGE_PAGE + 12345, b"in a hole")
+    memory.touch(5)
+
+
+def huge_zeroed(memory: Huge) -> None:
+    memory.write(HUGE_PAGE, bytes(HUGE_PAGE))
+    memory.write(2 * HUGE_PAGE + 8192, bytes(8192))
+
+
+def huge_punched(memory: Huge) -> None:
+    memory.punch(0)
+    memory.punch(4)
+
+
+def huge_punched_and_filled(memory: Huge) -> None:
+    memory.punch(1)
+    memory.write(HUGE_PAGE + 8192, b"other")
+
+
+HUGE_CHANGES = [
+    huge_nothing,
+    huge_written,
+    huge_filled,
+    huge_zeroed,
+    huge_punched,
+    huge_punched_and_filled,
+]
+
+
+@needs_hugepages(6)
+@pytest.mark.parametrize("method", ["precopy", "cow"])
+@pytest.mark.parametrize("change", HUGE_CHANGES)
+@pytest.mark.parametrize("what", ["core", "snapshot"])
+def test_huge_pages(
+    what: str,
+    change: Callable[[Huge], None],
+    method: Method,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They change between the copy and the stop, and after it; no hole is filled."""
+    path = tmp_path / "one"
+    done: list[str] = []
+    allocated = 0
+    with huge() as memory:
+        expected = memory.content
+
+        def at(name: str) -> None:
+            nonlocal expected, allocated
+            if name == "ahead":
+                change(memory)
+                allocated = memory.allocated()
+                expected = bytearray(memory.content)
+            elif name == "resumed":
+                assert memory.allocated() == allocated
+                memory.write(2 * HUGE_PAGE, b"later" * PAGE)
+            else:
+                return
+            done.append(name)
+
+        monkeypatch.setattr(_capture, "barrier", at)
+        if what == "core":
+            write_core(memory.process, path, method=method, full=True, max_stall_s=LONG_S)
+            with Core(path) as core:
+                assert core.read(memory.start, len(expected)) == expected
+        else:
+            Snapshot.take(memory.process, path, method=method, shared="pause", max_stall_s=LONG_S)
+            with Snapshot.open(path) as snapshot:
+                snapshot.verify()
+                assert snapshot.read(memory.start, len(expected)) == expected
+        assert memory.allocated() == allocated
+        assert done == ["ahead", "resumed"]
