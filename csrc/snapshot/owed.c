@@ -25,16 +25,21 @@ static struct uffd_owed_piece *piece_from(struct uffd_owed *owed, uint64_t addre
 	return low < owed->count ? &owed->pieces[low] : NULL;
 }
 
-static int new_part(struct uffd_owed_part *part, const struct uffd_image_piece *at)
+/* All states, one byte for each page: a mapping for each part would be a page for each. */
+static int new_states(struct uffd_owed *owed, const struct uffd_image_piece *parts, uint64_t count)
 {
-	/* Untouched pages of it cost nothing: a reservation of terabytes has states too. */
-	void *states = mmap(NULL, (at->end - at->start) / BASE_PAGE, PROT_READ | PROT_WRITE,
-			    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	void *states;
 
+	for (uint64_t i = 0; i < count; i++)
+		owed->states_length += (parts[i].end - parts[i].start) / BASE_PAGE;
+	if (!owed->states_length)
+		return 0;
+	/* Untouched pages of it cost nothing: a reservation of terabytes has states too. */
+	states = mmap(NULL, owed->states_length, PROT_READ | PROT_WRITE,
+		      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (states == MAP_FAILED)
 		return -ENOMEM;
-	part->at = *at;
-	part->states = states;
+	owed->states = states;
 	return 0;
 }
 
@@ -63,20 +68,22 @@ static void set_all(struct uffd_owed *owed, const struct uffd_page_ranges *range
 int uffd_owed_init(struct uffd_owed *owed, const struct uffd_image_piece *parts,
 		   uint64_t parts_count, const struct uffd_page_region *pages, uint64_t count)
 {
-	int ret = 0;
+	uint64_t at = 0;
+	int ret;
 
 	*owed = (struct uffd_owed){ .capacity = parts_count + 64 };
+	ret = new_states(owed, parts, parts_count);
 	owed->parts = calloc(parts_count + 1, sizeof(*owed->parts));
 	owed->pieces = calloc(owed->capacity, sizeof(*owed->pieces));
 	if (!owed->parts || !owed->pieces)
 		ret = -ENOMEM;
 	for (uint64_t i = 0; !ret && i < parts_count; i++) {
-		ret = new_part(&owed->parts[i], &parts[i]);
-		if (ret)
-			break;
-		owed->parts_count++;
+		_Atomic uint8_t *states = owed->states + at;
+
+		at += (parts[i].end - parts[i].start) / BASE_PAGE;
+		owed->parts[owed->parts_count++] = (struct uffd_owed_part){ parts[i], states };
 		owed->pieces[owed->count++] = (struct uffd_owed_piece){
-			parts[i].start, parts[i].end, parts[i].offset, owed->parts[i].states,
+			parts[i].start, parts[i].end, parts[i].offset, states,
 		};
 	}
 	for (uint64_t i = 0; !ret && i < count; i++)
@@ -119,9 +126,8 @@ int uffd_owed_change(struct uffd_owed *owed, const struct uffd_page_ranges *befo
 
 void uffd_owed_deinit(struct uffd_owed *owed)
 {
-	for (uint64_t i = 0; i < owed->parts_count; i++)
-		munmap((void *)owed->parts[i].states,
-		       (owed->parts[i].at.end - owed->parts[i].at.start) / BASE_PAGE);
+	if (owed->states)
+		munmap((void *)owed->states, owed->states_length);
 	free(owed->parts);
 	free(owed->pieces);
 	*owed = (struct uffd_owed){ 0 };

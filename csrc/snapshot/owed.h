@@ -37,6 +37,9 @@ struct uffd_owed_part {
 };
 
 struct uffd_owed {
+	/* Those of all parts, one behind the other. */
+	_Atomic uint8_t *states;
+	uint64_t states_length;
 	struct uffd_owed_part *parts;
 	uint64_t parts_count;
 	/* Sorted by address. */
