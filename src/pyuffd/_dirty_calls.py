@@ -5,6 +5,7 @@ Everything is packed and in ascending order. Every call releases the GIL.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,10 @@ PEEK = lib.UFFD_ROUND_PEEK
 HOLES_APART = lib.UFFD_ROUND_HOLES_APART
 
 NO_RANGES = memoryview(b"").cast("Q")
+
+_WORDS = 3  # of a range
+# Each set has an object of its own until it becomes a part of a larger one.
+_GATHERED_MOST = 4096
 
 
 class Track(Number):
@@ -137,6 +142,36 @@ def subtract(a: memoryview, b: memoryview) -> memoryview:
 def intersect(a: memoryview, b: memoryview) -> memoryview:
     """Return the pages that are in both sets."""
     return _combined(lib.uffd_ranges_intersect, a, b) if len(a) and len(b) else NO_RANGES
+
+
+class Gathered:
+    """Pages that come in many small sets: a union with each would read all of the others."""
+
+    def __init__(self) -> None:
+        self._sets: list[memoryview] = []
+
+    def add(self, pages: memoryview) -> None:
+        """Add pages."""
+        if len(pages):
+            self._sets.append(pages)
+        if len(self._sets) >= _GATHERED_MOST:
+            self._sets = [self.all()]
+
+    def all(self) -> memoryview:
+        """Return all pages that were added."""
+        sets = self._sets
+        while len(sets) > 1:
+            rest = sets[-1:] if len(sets) % 2 else []
+            sets = [union(a, b) for a, b in zip(sets[::2], sets[1::2], strict=False)] + rest
+        return sets[0] if sets else NO_RANGES
+
+
+def around(a: memoryview, start: int, end: int) -> memoryview:
+    """Return the ranges of a set that reach into [start, end), as a part of the same memory."""
+    rows = range(len(a) // _WORDS)
+    first = bisect_right(rows, start, key=lambda row: a[row * _WORDS + 1])
+    last = bisect_left(rows, end, lo=first, key=lambda row: a[row * _WORDS])
+    return a[first * _WORDS : last * _WORDS]
 
 
 def bytes_in(a: memoryview, spans: memoryview) -> list[int]:

@@ -240,12 +240,13 @@ class AsyncMethod:
         # of a huge page that was protected looks like a page under migration, so it is written.
         private = [row for row in self._rows if is_watched(row.mapping) and not row.mapping.shared]
         mine = _rows.packed((row.start, row.end) for row in private)
-        dropped = NO_RANGES
+        gathered = calls.Gathered()
         for start, end in _pairs(calls.intersect(settled, mine)):
             found = self._process.pagemap.scan(
                 start, end - start, category_mask=_CONTENT, category_inverted=_CONTENT
             )
-            dropped = calls.union(dropped, found.ranges.memoryview())
+            gathered.add(found.ranges.memoryview())
+        dropped = gathered.all()
         return Pending(calls.subtract(settled, dropped), dropped, still)
 
     def mapped(self) -> memoryview:
@@ -314,12 +315,13 @@ class AsyncMethod:
             except UffdOSError:  # gone again: the next round says so
                 self._process.check()
         whole = _rows.packed(_rows.merged((row.start, row.end) for row in huge))
-        content = NO_RANGES
+        gathered = calls.Gathered()
         for run in self._runs(others):
             populated = self._process.pagemap.scan(
                 run[0].start, run[-1].end - run[0].start, category_anyof_mask=_CONTENT
             )
-            content = calls.union(content, populated.ranges.memoryview())
+            gathered.add(populated.ranges.memoryview())
+        content = gathered.all()
         tracked = self._packed(others)
         found = self._scan(tracked, 0, NO_RANGES)
         self._known = calls.union(self._known, found.known)

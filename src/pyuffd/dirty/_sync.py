@@ -55,7 +55,7 @@ class SyncMethod:
             self._handler.stop()
             raise
 
-    def _serve(self, mapping: Mapping, fresh: list[memoryview] | None = None) -> bool:
+    def _serve(self, mapping: Mapping, fresh: calls.Gathered | None = None) -> bool:
         """Serve and protect a mapping; note the reason if that is refused.
 
         `fresh` gets its pages with content: all but the holes of private anonymous memory.
@@ -73,11 +73,11 @@ class SyncMethod:
                 if fresh is not None and not mapping.has_file and not mapping.shared:
                     populated = self._with_content(mapping, PageBit.PRESENT, PageBit.SWAP)
                     self._handler.writeprotect(row)
-                    fresh.append(self._populated(mapping, populated))
+                    fresh.add(self._populated(mapping, populated))
                 else:
                     self._handler.writeprotect(row)
                     if fresh is not None:
-                        fresh.append(_rows.packed([(row.start, row.end)]))
+                        fresh.add(_rows.packed([(row.start, row.end)]))
                 self._rows.append(row)
                 return True
         except UffdOSError as error:
@@ -97,12 +97,12 @@ class SyncMethod:
         return calls.union(before, after)
 
     def _with_content(self, mapping: Mapping, *bits: PageBit) -> memoryview:
-        found = NO_RANGES
+        found = calls.Gathered()
         for start in range(mapping.start, mapping.end, _READ_BYTES):
             entries = self._process.pagemap.read(start, min(_READ_BYTES, mapping.end - start))
             for bit in bits:
-                found = calls.union(found, entries.where(bit).memoryview())
-        return found
+                found.add(entries.where(bit).memoryview())
+        return found.all()
 
     def collect(self, mappings: Mappings | None = None) -> Pending:
         """Return what was written since the last call, and protect it again.
@@ -112,7 +112,7 @@ class SyncMethod:
         """
         if mappings is None:
             mappings = self._process.mappings()
-        written, dropped, unsure = NO_RANGES, NO_RANGES, NO_RANGES
+        written, dropped = calls.Gathered(), calls.Gathered()
         gone = []
         for row in self._rows:
             try:
@@ -121,22 +121,25 @@ class SyncMethod:
                 gone.append(row)
                 continue
             more = self._split(row, states)
-            written = calls.union(written, more.written)
-            dropped = calls.union(dropped, more.dropped)
-        result = Pending(written, dropped, unsure)
+            written.add(more.written)
+            dropped.add(more.dropped)
+        result = Pending(written.all(), dropped.all())
         if mappings != self._mappings or gone:
             result = result.plus(self._follow(mappings, gone))
         return result
 
     def peek(self) -> Pending:
         """Return what `collect` would, and change nothing."""
-        found = Pending()
+        written, dropped, unsure = calls.Gathered(), calls.Gathered(), calls.Gathered()
         for row in self._rows:
             try:
-                found = found.plus(self._split(row, self._handler.page_states(row)))
+                found = self._split(row, self._handler.page_states(row))
             except (LayoutChangedError, ValueError):
-                found = found.plus(Pending(unsure=_rows.packed([(row.start, row.end)])))
-        return found
+                unsure.add(_rows.packed([(row.start, row.end)]))
+            else:
+                written.add(found.written)
+                dropped.add(found.dropped)
+        return Pending(written.all(), dropped.all(), unsure.all())
 
     def _follow(self, mappings: Mappings, gone: Iterable[Row]) -> Pending:
         """Serve new mappings, and forget those that are gone."""
@@ -146,18 +149,18 @@ class SyncMethod:
         )
         layout = _layout.changes(old, new)
         self._mappings = mappings
+        gone = frozenset(gone)
         self._rows = [row for row in self._rows if row not in gone]
         for row in gone:
             with suppress(UffdOSError, ValueError):
                 self._handler.unserve(row)
-        served = [(row.start, row.end) for row in self._rows]
-        fresh: list[memoryview] = []
+        served = _rows.packed(sorted((row.start, row.end) for row in self._rows))
+        fresh = calls.Gathered()
         unserved: list[Span] = []
         again: list[Span] = []
         for mapping in new:
-            rest = calls.subtract(
-                _rows.packed([(mapping.start, mapping.end)]), _rows.packed(sorted(served))
-            )
+            place = (mapping.start, mapping.end)
+            rest = calls.subtract(_rows.packed([place]), calls.around(served, *place))
             for start, end in zip(rest[0::3], rest[1::3], strict=True):
                 part = clipped(mapping, start, end)
                 was_served = any(row.start < end and start < row.end for row in gone)
@@ -165,9 +168,7 @@ class SyncMethod:
                     again += [(start, end)] if was_served else []
                 elif was_served:
                     unserved.append((start, end))
-        written = _rows.packed(_rows.merged(unserved))
-        for ranges in fresh:
-            written = calls.union(written, ranges)
+        written = calls.union(_rows.packed(_rows.merged(unserved)), fresh.all())
         # What has no content any more, where other memory or none of it was before.
         dropped = calls.subtract(_rows.packed(_rows.merged(again)), written)
         return Pending(written, dropped, NO_RANGES, tuple(layout))
@@ -195,10 +196,11 @@ class SyncMethod:
         if row.mapping.has_file:
             return Pending(calls.union(written, removed))
         # The event of MADV_FREE is the same, and its pages keep their content until reclaim.
-        present = NO_RANGES
+        gathered = calls.Gathered()
         for start, end in zip(removed[0::3], removed[1::3], strict=True):
             entries = self._process.pagemap.read(start, end - start)
-            present = calls.union(present, entries.where(PageBit.PRESENT).memoryview())
+            gathered.add(entries.where(PageBit.PRESENT).memoryview())
+        present = gathered.all()
         return Pending(calls.union(written, present), calls.subtract(removed, present))
 
 

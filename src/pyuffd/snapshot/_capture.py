@@ -222,6 +222,20 @@ class Frames(Generic[F]):
         return self.last
 
 
+def in_parts(layout: Iterable[Placed], pages: memoryview) -> Iterator[tuple[Placed, int, int]]:
+    """Yield what the parts of a layout have of packed pages, both in ascending order."""
+    parts = iter(layout)
+    part = next(parts, None)
+    for each in PageRanges(pages):
+        while part is not None and part.start < each.end:
+            first, last = max(part.start, each.start), min(part.end, each.end)
+            if first < last:
+                yield part, first, last
+            if part.end > each.end:
+                break
+            part = next(parts, None)
+
+
 def packed(parts: Iterable[Placed]) -> memoryview:
     """Return parts in ascending order as C takes them, also where they touch."""
     words = [word for part in parts for word in (part.start, part.end, 0)]

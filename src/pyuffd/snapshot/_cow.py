@@ -161,7 +161,8 @@ class _Cow:
         self._armed = len(parts)
         for first in range(0, len(parts), AT_ONCE):
             few = parts[first : first + AT_ONCE]
-            self._register(_packed((part.start, part.end) for part in few))
+            spans = PageRanges.of((part.start, part.end) for part in few)
+            self._register((span.start, span.end) for span in spans)
         # From here on events tell what is dropped or moved.
         before = own_content(self._process, pieces)
         at_barrier("content known")
@@ -193,16 +194,16 @@ class _Cow:
         populated = ranges.union(before, ranges.subtract(after, empty))
         self._populated = ranges.intersect(populated, self._registered)
 
-    def _register(self, spans: memoryview) -> None:
-        """Register spans, each mapping by itself if not all at once."""
-        for span in PageRanges(spans):
-            one = PageRanges.of([(span.start, span.end)]).memoryview()
-            code = self._saver.arm(one, registers=True)
+    def _register(self, spans: Iterable[tuple[int, int]]) -> None:
+        """Register spans, each by one call."""
+        known = len(self._spans)
+        for start, end in spans:
+            code = self._saver.arm(_packed([(start, end)]), registers=True)
             if not code:
-                self._registered = ranges.union(self._registered, one)
-                self._spans.append((span.start, span.end))
+                self._spans.append((start, end))
             elif code in (errno.ESRCH, errno.ENOMEM):
                 self._process.check()
+        self._registered = ranges.union(self._registered, _packed(self._spans[known:]))
 
     def _protect(self, pages: memoryview) -> memoryview:
         """Protect ranges; return those where it failed, since their mappings change meanwhile."""
@@ -283,9 +284,12 @@ class _Cow:
         new = ranges.subtract(parts.spans, old)
         self._registered = old
         if len(new):
-            for part, size in zip(parts.layout, ranges.bytes_in(new, parts.rows), strict=True):
-                if size:
-                    self._register(_packed([(part.start, part.end)]))
+            sizes = ranges.bytes_in(new, parts.rows)
+            self._register(
+                (part.start, part.end)
+                for part, size in zip(parts.layout, sizes, strict=True)
+                if size
+            )
         # Without protection: written since, new, or in memory of which only some was protected.
         look = ranges.intersect(new, self._registered)
         sparse = ranges.intersect(sparse, old)

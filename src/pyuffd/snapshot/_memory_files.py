@@ -21,7 +21,7 @@ from pyuffd._pages import PAGE_SIZE, round_up
 from pyuffd.pagemap import PageRanges
 from pyuffd.remote import Mapping, MappingKind, Process
 from pyuffd.snapshot import _own_pages
-from pyuffd.snapshot._capture import Captured, Placed
+from pyuffd.snapshot._capture import Captured, Placed, in_parts
 from pyuffd.snapshot._file_pages import Span, extents, is_huge_without_a_file, read
 from pyuffd.snapshot._output import punch
 
@@ -120,7 +120,7 @@ class FilesCopy:
         self._tell = tell
         self._rate = rate
         self._written = PageRanges.of([])
-        self._parts: list[Placed] = []  # of that; the same one perhaps twice
+        self._layouts: list[Sequence[Placed]] = []  # of that
 
     def ahead(self, parts: Sequence[Placed]) -> None:
         """Copy while the process runs and may change it: what the files have, if they can be read.
@@ -147,7 +147,7 @@ class FilesCopy:
         result = FilesCopied()
         works = [_work(self._process, part, result) for part in parts]
         done, total = 0, sum(work.bytes for work in works)
-        if_changed = bool(self._parts)
+        if_changed = any(self._layouts)
         for work in works:
             for size in _copied(self._process, work, self._fd, result, if_changed=if_changed):
                 done += size
@@ -156,7 +156,7 @@ class FilesCopy:
         return result
 
     def _note(self, parts: Sequence[Placed], result: FilesCopied) -> None:
-        self._parts += parts
+        self._layouts.append(parts)
         self._written |= PageRanges.of(result.data)
 
     def free(self, captured: Captured, data: memoryview) -> None:
@@ -165,9 +165,9 @@ class FilesCopy:
         That includes what was captured of private memory that is shared memory now.
         """
         stale = (self._written | PageRanges(captured.written)) - PageRanges(data)
-        for part in self._parts if len(stale) else ():
-            for each in stale & PageRanges.of([(part.start, part.end)]):
-                punch(self._fd, part.offset + each.start - part.start, each.length)
+        for layout in self._layouts:
+            for part, start, end in in_parts(layout, stale.memoryview()):
+                punch(self._fd, part.offset + start - part.start, end - start)
 
 
 def _work(process: Process, part: Placed, result: FilesCopied) -> _Work:

@@ -121,7 +121,7 @@ class _Rounds:
             shrinks = not before or size * WORTH <= before
             more = size > FEW and shrinks and number + 1 < self._options.rounds
             if not more and self._fits(size) and self._stop(left, result):
-                self._writer.punch([*self._seen, *result.layout])
+                self._writer.punch(self._seen, result.layout)
                 result.absent = self._writer.without_content(self._changes.absent)
                 return result
             if len(self._slow) == ATTEMPTS:

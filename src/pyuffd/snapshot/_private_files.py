@@ -132,30 +132,33 @@ class PrivateFiles:
         unknown = ranges.intersect(ranges.intersect(unknown, self.spans()), placed)
         told = SnapshotProgress("sweep", 0, PageRanges(unknown).bytes)
         begin = time.monotonic()
+        data, zero, lost = ranges.Gathered(), ranges.Gathered(), ranges.Gathered()
         for mapping, file in self._mappings:
             place = (mapping.start, mapping.end)
-            wanted = ranges.intersect(unknown, _packed([place]))
+            wanted = ranges.intersect(ranges.around(unknown, *place), _packed([place]))
             if not len(wanted):
                 continue
-            lost = ranges.subtract(wanted, _packed(inside(file.number, mapping, *place)))
+            behind = ranges.subtract(wanted, _packed(inside(file.number, mapping, *place)))
             found = ranges.intersect(wanted, _packed(extents(file.number, mapping, *place)))
-            zero = ranges.subtract(wanted, found)
-            zero = ranges.subtract(ranges.subtract(zero, lost), lazy)
+            lost.add(behind)
+            empty = ranges.subtract(ranges.subtract(wanted, found), behind)
+            zero.add(ranges.subtract(empty, ranges.around(lazy, *place)))
             for start, end, content in read(file.number, mapping, PageRanges(found)):
                 page = _packed([(start, end)])
                 if not content:
-                    lost = ranges.union(lost, page)
+                    lost.add(page)
                 else:
                     empty = calls.write(page, content, pieces, fd, overwrite=False)
-                    zero = ranges.union(zero, empty)
-                    captured.data = ranges.union(captured.data, ranges.subtract(page, empty))
+                    zero.add(empty)
+                    data.add(ranges.subtract(page, empty))
                 told.bytes += end - start
                 if progress is not None:
                     progress(told)
                 if rate:
                     time.sleep(max(0.0, begin + told.bytes / rate - time.monotonic()))
-            captured.zero = ranges.union(captured.zero, zero)
-            captured.lost = ranges.union(captured.lost, lost)
+        captured.data = ranges.union(captured.data, data.all())
+        captured.zero = ranges.union(captured.zero, zero.all())
+        captured.lost = ranges.union(captured.lost, lost.all())
 
     def close(self) -> None:
         """Close the files."""

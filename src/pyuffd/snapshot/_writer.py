@@ -8,7 +8,7 @@ import mmap
 import os
 import struct
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from pyuffd import _dirty_calls as ranges
@@ -20,7 +20,7 @@ from pyuffd._owned import Descriptor
 from pyuffd._pages import PAGE_SIZE
 from pyuffd.pagemap import PageRanges
 from pyuffd.remote._process import Process
-from pyuffd.snapshot._capture import Captured, Options, Placed, SnapshotProgress
+from pyuffd.snapshot._capture import Captured, Options, Placed, SnapshotProgress, in_parts
 from pyuffd.snapshot._output import punch
 
 # How much is copied before somebody may look at the clock, or at Ctrl-C.
@@ -206,15 +206,12 @@ class Writer:
             pages = ranges.subtract(pages, known)
         return pages
 
-    def punch(self, parts: Iterable[Placed]) -> None:
+    def punch(self, *layouts: Sequence[Placed]) -> None:
         """Make holes of what was written to the file and is out of date."""
-        stale = PageRanges(ranges.subtract(self._written, self.data))
-        if not len(stale):
-            return
-        for part in parts:
-            span = PageRanges.of([(part.start, part.end)])
-            for each in stale & span:
-                punch(self._fd, part.offset + each.start - part.start, each.length)
+        stale = ranges.subtract(self._written, self.data)
+        for layout in layouts:
+            for part, start, end in in_parts(layout, stale):
+                punch(self._fd, part.offset + start - part.start, end - start)
 
     def _wait(self) -> None:
         if self._options.rate:
