@@ -101,8 +101,8 @@ def expected(count: int, *, holes: bool = False) -> bytes:
     return b"".join(bytes([0 if holes else i % 251 + 1]) * PAGE for i in range(count))
 
 
-def read(at: Callable[[int, int], bytes], count: int) -> bytes:
-    return b"".join(at(PLACE + i * 2 * PAGE, PAGE) for i in range(count))
+def read(at: Callable[[int, int], bytes | None], count: int) -> bytes:
+    return b"".join(at(PLACE + i * 2 * PAGE, PAGE) or b"" for i in range(count))
 
 
 def check_growth(of: Callable[[int], int]) -> None:

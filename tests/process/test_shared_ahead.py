@@ -21,7 +21,9 @@ from pyuffd import PageRanges, Process, Region, Snapshot, SnapshotProgress, writ
 from pyuffd import _image_calls as calls
 from pyuffd._memory import fallocate
 from pyuffd._pages import HUGE_PAGE_2M as HUGE_PAGE
-from pyuffd.snapshot import _capture
+from pyuffd.snapshot import _capture, _memory_files
+from pyuffd.snapshot._capture import Placed
+from pyuffd.snapshot._memory_files import FilesCopied
 from pyuffd.testing import needs_hugepages, needs_privilege
 from tests.process._core import PAGE, Core
 
@@ -427,7 +429,7 @@ def test_huge_pages(
         if what == "core":
             write_core(memory.process, path, method=method, full=True, max_stall_s=LONG_S)
             with Core(path) as core:
-                assert core.read(memory.start, len(expected)) == expected
+                assert core.read(memory.start, len(expected)) == bytes(expected)
         else:
             Snapshot.take(memory.process, path, method=method, shared="pause", max_stall_s=LONG_S)
             with Snapshot.open(path) as snapshot:
@@ -435,3 +437,33 @@ def test_huge_pages(
                 assert snapshot.read(memory.start, len(expected)) == expected
         assert memory.allocated() == allocated
         assert done == ["ahead", "resumed"]
+
+
+@pytest.mark.parametrize("method", ["precopy", "cow"])
+@pytest.mark.parametrize("what", ["core", "snapshot"])
+def test_memory_that_is_unmapped_while_it_is_copied(
+    what: str, method: Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at the file and the copy of its content."""
+    path = tmp_path / "one"
+    done: list[int] = []
+    work = _memory_files._work
+    with shared() as memory:
+
+        def looked(process: Process, part: Placed, result: FilesCopied) -> object:
+            found = work(process, part, result)
+            if not done:
+                done.append(part.start)
+                memory.replace(0, PAGES, 3)
+            return found
+
+        monkeypatch.setattr(_memory_files, "_work", looked)
+        if what == "core":
+            write_core(memory.process, path, method=method, max_stall_s=LONG_S)
+            with Core(path) as core:
+                assert core.read(memory.start, LENGTH) == bytes(memory.content)
+        else:
+            Snapshot.take(memory.process, path, method=method, shared="pause", max_stall_s=LONG_S)
+            with Snapshot.open(path) as snapshot:
+                assert snapshot.read(memory.start, LENGTH) == bytes(memory.content)
+        assert done == [memory.start]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
 from pyuffd import _image_calls as calls
@@ -132,11 +132,14 @@ class FilesCopy:
         total = sum(work.of_file.bytes for work in works)
         begin, done = time.monotonic(), 0
         for work in works:
-            for size in _copied_of_file(self._process, work, self._fd, result, if_changed=False):
-                done += size
-                self._tell(done, total)
-                if self._rate:
-                    time.sleep(max(0.0, begin + done / self._rate - time.monotonic()))
+            with suppress(FileNotFoundError):  # unmapped since, which the stop sees
+                for size in _copied_of_file(
+                    self._process, work, self._fd, result, if_changed=False
+                ):
+                    done += size
+                    self._tell(done, total)
+                    if self._rate:
+                        time.sleep(max(0.0, begin + done / self._rate - time.monotonic()))
         self._note(parts, result)
 
     def in_stop(self, parts: Sequence[Placed]) -> FilesCopied:
