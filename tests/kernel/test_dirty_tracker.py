@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy
@@ -263,9 +263,39 @@ def new_memory_among_many_mappings() -> None:
             assert pages(region, tracker.collect().written) == [31, 35]
 
 
+def replaced_while_a_round_ends() -> None:
+    """Between the look at the mappings and the registration of what has come in one's place."""
+    with Region.anonymous(8 * PAGE) as region, DirtyTracker(region) as tracker:
+        region.fill(1)
+        tracker.collect().commit()
+        place = region.start + 2 * PAGE
+        _memory.mmap(2 * PAGE, READ_WRITE, FIXED, address=place)
+        file = os.memfd_create("private")
+        os.ftruncate(file, 2 * PAGE)
+        registered = _async.AsyncMethod._registered
+
+        def replace(self: _async.AsyncMethod, rows: Iterable[_rows.Row]) -> list[_rows.Row]:
+            if not written:
+                _memory.mmap(2 * PAGE, READ_WRITE, mmap.MAP_PRIVATE | 0x10, file, address=place)
+                region.write(2 * PAGE, b"new")
+                written.append(2)
+            return registered(self, rows)
+
+        written = list[int]()
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(_async.AsyncMethod, "_registered", replace)
+            tracker.collect().commit()
+        assert written == [2]
+        with tracker.collect() as round_:
+            assert [type(c) for c in round_.layout] == [Unmapped, Mapped], round_.layout
+            assert 2 in pages(region, round_.written)
+        os.close(file)
+
+
 @pytest.mark.parametrize(
     "how",
     [
+        replaced_while_a_round_ends,
         new_memory_at_the_same_place,
         new_memory_with_other_permissions,
         new_memory_among_many_mappings,

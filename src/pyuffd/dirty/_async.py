@@ -6,7 +6,7 @@ import errno
 import mmap
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import suppress
 from functools import cache
 
@@ -21,7 +21,7 @@ from pyuffd._uffd import Userfaultfd
 from pyuffd.dirty import _blind, _layout, _rows
 from pyuffd.dirty._blind import Blind, BlindReason
 from pyuffd.dirty._drops import DropWatch, is_watched
-from pyuffd.dirty._layout import LayoutChange, Mapped, Protected, Unmapped
+from pyuffd.dirty._layout import LayoutChange, Mapped, Moved, Protected, Unmapped
 from pyuffd.dirty._round import Pending
 from pyuffd.dirty._rows import Row, Span
 from pyuffd.pagemap import Pagemap
@@ -206,9 +206,31 @@ class AsyncMethod:
             result = result.plus(self._with_drops(*drops))
         self._known = found.known
         errors = self._tracked.errors()
+        replaced = self._replaced(layout, {index for index, _ in errors})
+        if replaced:
+            result = result.plus(self._new(replaced))
         if errors:
             result = result.plus(self._look_after(errors, layout))
         return result
+
+    def _replaced(self, layout: Iterable[LayoutChange], failed: Set[int]) -> list[Row]:
+        """Return the rows of new mappings that are registered already.
+
+        The mappings of a round are read first. If one is replaced then, before it is registered,
+        what came in its place is registered and reported under its name. The next round reports
+        the change of mappings, and so it must report all pages again.
+        """
+        spans = iter(sorted((c.start, c.end) for c in layout if isinstance(c, Mapped | Moved)))
+        span = next(spans, None)
+        found = []
+        for index, row in enumerate(self._rows):
+            while span is not None and span[1] <= row.start:
+                span = next(spans, None)
+            if span is None:
+                break
+            if span[0] < row.end and index not in failed:
+                found.append(row)
+        return found
 
     def peek(self) -> Pending:
         """Return what `collect` would, and change nothing."""
