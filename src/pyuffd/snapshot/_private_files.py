@@ -70,8 +70,22 @@ class PrivateFiles:
     def _file(self, mapping: Mapping, whole: Mapping) -> Descriptor | None:
         key = (mapping.device, mapping.inode)
         if key not in self._opened:
-            self._opened[key] = self._open(whole)
+            file = self._open(whole)
+            if file is not None and not self._is_of(file, key, whole):
+                file.close()
+                return None  # as the mapping is gone, so is this layout
+            self._opened[key] = file
         return self._opened[key]
+
+    def _is_of(self, file: Descriptor, key: tuple[int, int], whole: Mapping) -> bool:
+        """Whether this is the file of the mapping, which may have been replaced since it was read.
+
+        Some file systems (btrfs, overlayfs) show another device in maps than stat(2) tells; then
+        the mapping must still be there.
+        """
+        return (
+            _is_it(os.fstat(file.number), key) or self._process.mappings().at(whole.start) == whole
+        )
 
     def _is_kept(self, mapping: Mapping) -> bool:
         path = mapping.path
