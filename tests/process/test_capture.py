@@ -58,8 +58,9 @@ def test_memory_of_one_instant(method: Used, how: str, program: str, tmp_path: P
     """The content, the layout and what is read in the stop are of one instant."""
     seen: list[tuple[set[str], int]] = []
 
-    def in_stop(stop: Stop, mappings: Mappings, layout: Sequence[Placed]) -> None:
+    def in_stop(stop: Stop, mappings: Mappings, layout: Sequence[Placed]) -> Sequence[Placed]:
         seen.append(({thread.state for thread in process.threads()}, len(layout)))
+        return ()
 
     with (
         counters(program, 3, 300, how) as target,

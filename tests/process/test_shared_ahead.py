@@ -249,6 +249,28 @@ def test_shared_memory_in_place_of_private(
         assert done == ["ahead", point]
 
 
+def test_shared_memory_in_place_of_private_since_the_last_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was copied of private memory is out of date; its places have the memfd's content."""
+    with shared() as memory:
+
+        def at(name: str) -> None:
+            if name == "ahead":
+                memory.replace(10, 300, 300)
+            elif name == "round 0":
+                memory.replace(10, 300, 0)
+
+        monkeypatch.setattr(_capture, "barrier", at)
+        path = tmp_path / "one"
+        Snapshot.take(
+            memory.process, path, method="precopy", shared="pause", max_stall_s=LONG_S, rounds=1
+        )
+        with Snapshot.open(path) as snapshot:
+            assert snapshot.read(memory.start, LENGTH) == bytes(memory.content)
+            assert mapped(snapshot, memory.start) == bytes(memory.content)
+
+
 def test_only_what_differs_is_written() -> None:
     """Sealed against writes, the file takes what it has already, and nothing else."""
     fd = os.memfd_create("image", os.MFD_ALLOW_SEALING)

@@ -91,7 +91,7 @@ class Options:
     rate: float | None = None
     durable: bool = False  # somebody will wait for the disk: it may begin early
     progress: Callable[[SnapshotProgress], None] | None = None
-    in_stop: Callable[[Stop, Mappings, Sequence[Placed]], None] | None = None
+    in_stop: Callable[[Stop, Mappings, Sequence[Placed]], Sequence[Placed]] | None = None
 
 
 @dataclass

@@ -275,12 +275,16 @@ class _Core:
         shared = PageRanges.of(self._shared.data).memoryview()
         self._files.free(self._captured, ranges.union(self._captured.data, shared))
 
-    def _in_stop(self, stop: Stop, _mappings: Mappings, _layout: Sequence[Placed]) -> None:
+    def _in_stop(
+        self, stop: Stop, _mappings: Mappings, _layout: Sequence[Placed]
+    ) -> Sequence[Placed]:
         self._stop = stop
         self._read = stop._read_registers()
         # Other processes that share the memory are stopped too.
         self._tids = set(self._about.tids()) if len(stop.pids) > 1 else None
-        self._shared = self._files.in_stop(self._layout.files)
+        files = self._layout.files
+        self._shared = self._files.in_stop(files)
+        return files
 
     def _tell_of_files(self, done: int, total: int) -> None:
         phase = "before" if self._stop is None else "stop"

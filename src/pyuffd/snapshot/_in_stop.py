@@ -48,13 +48,17 @@ class InStop:
         self.is_too_long = False
         self.notes = None if request.scope is not None else Notes(process)
 
-    def __call__(self, stop: Stop, mappings: Mappings, layout: Sequence[Placed]) -> None:
-        """Read it; the last call counts."""
+    def __call__(
+        self, stop: Stop, mappings: Mappings, layout: Sequence[Placed]
+    ) -> Sequence[Placed]:
+        """Read it, and return what it copies itself; the last call counts."""
         if self.notes is not None:
             self.notes.in_stop(stop, mappings, layout)
 
         self._stop = stop
-        self._files = self._copy.in_stop(self._layout.files)
+        files = self._layout.files
+        self._files = self._copy.in_stop(files)
+        return files
 
     def ahead(self) -> None:
         """Copy the shared memory before the stop, so that only changes are left for it."""

@@ -30,7 +30,8 @@ def capture(
             process runs, and what it has written meanwhile is copied again, the last of it in the
             stop. "cow": a short stop; afterwards a page is saved before its first write.
         options: Limits; callbacks. `in_stop` is called when all threads are stopped, with the stop,
-            the mappings and their places, to read what else has to be of the same instant.
+            the mappings and their places, to read what else has to be of the same instant. It
+            returns the places of what it has written to the file.
         tracker: Of the process, with method "precopy": it reports from the instant on.
         only_changes: Capture what the tracker reports, not everything.
 

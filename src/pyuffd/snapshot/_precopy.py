@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -98,6 +99,7 @@ class _Rounds:
         self._frames = Frames(layout_of, _Frame)
         self._unseen_of: tuple[_Frame, list[Blind], Frame] | None = None
         self._seen: list[Placed] = []
+        self._by_others = ranges.NO_RANGES  # copied in the stop by `options.in_stop`
         self._late: StopTimeoutError | None = None
         self._slow: list[float] = []
         self._mappings = 0
@@ -121,7 +123,7 @@ class _Rounds:
             shrinks = not before or size * WORTH <= before
             more = size > FEW and shrinks and number + 1 < self._options.rounds
             if not more and self._fits(size) and self._stop(left, result):
-                self._writer.punch(self._seen, result.layout)
+                self._writer.punch(self._seen, result.layout, without=self._by_others)
                 result.absent = self._writer.without_content(self._changes.absent)
                 return result
             if len(self._slow) == ATTEMPTS:
@@ -199,9 +201,12 @@ class _Rounds:
             round_.layout,
         )
         self._changes.all = self._changes.all.plus(pending)
-        gone = ranges.union(pending.dropped, _replaced(round_))
-        self._writer.forget(gone)
-        self._changes.absent = ranges.union(self._changes.absent, gone)
+        self._forget(ranges.union(pending.dropped, _replaced(round_)))
+
+    def _forget(self, pages: memoryview) -> None:
+        """Pages have no content: what was copied of them is out of date."""
+        self._writer.forget(pages)
+        self._changes.absent = ranges.union(self._changes.absent, pages)
 
     def _round(self, mappings: Mappings | None = None) -> memoryview:
         """End a round, with the mappings if it is stopped; return what has to be copied."""
@@ -218,6 +223,7 @@ class _Rounds:
         frame = self._frames.of(self._process.mappings())
         self._seen = list(frame.layout)
         found = frame.content(self._process, within=pages)
+        self._forget(ranges.subtract(pages, found))
         self._writer.copy(ranges.intersect(pages, found), frame.pieces, "before", slow=True)
 
     def _stop(self, left: memoryview, result: Captured) -> bool:
@@ -256,13 +262,15 @@ class _Rounds:
                 return False
             unseen = ranges.subtract(self._unseen(frame), left)
             self._writer.copy(unseen, pieces, "stop", until_s=begun_s + options.stopped_s)
+            others: Sequence[Placed] = ()
             if options.in_stop is not None:
-                options.in_stop(stop, mappings, layout)
+                others = options.in_stop(stop, mappings, layout)
             process.check()
             result.layout = layout
             result.stop_bytes = PageRanges(left).bytes + PageRanges(unseen).bytes
             at_barrier("copied")
         result.pause_s = time.perf_counter() - begin
+        self._by_others = PageRanges.of((part.start, part.end) for part in others).memoryview()
         stop.check()
         at_barrier("resumed")
         self._writer.write_taken(pieces)
@@ -280,8 +288,7 @@ class _Rounds:
             return wanted
         found = of_memory.content(self._process, within=wanted)
         holes = ranges.subtract(wanted, found)
-        self._writer.forget(holes)
-        self._changes.absent = ranges.union(self._changes.absent, holes)
+        self._forget(holes)
         return holes
 
     def _unseen(self, frame: _Frame) -> memoryview:

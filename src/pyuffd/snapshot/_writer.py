@@ -206,9 +206,12 @@ class Writer:
             pages = ranges.subtract(pages, known)
         return pages
 
-    def punch(self, *layouts: Sequence[Placed]) -> None:
-        """Make holes of what was written to the file and is out of date."""
-        stale = ranges.subtract(self._written, self.data)
+    def punch(self, *layouts: Sequence[Placed], without: memoryview = ranges.NO_RANGES) -> None:
+        """Make holes of what was written to the file and is out of date.
+
+        `without`: addresses at which others have written since.
+        """
+        stale = ranges.subtract(ranges.subtract(self._written, self.data), without)
         for layout in layouts:
             for part, start, end in in_parts(layout, stale):
                 punch(self._fd, part.offset + start - part.start, end - start)
