@@ -23,7 +23,7 @@ from pyuffd.remote import Mapping, MappingKind, Process
 from pyuffd.snapshot import _own_pages
 from pyuffd.snapshot._capture import Captured, Placed, in_parts
 from pyuffd.snapshot._file_pages import Span, extents, is_huge_without_a_file, read
-from pyuffd.snapshot._output import punch
+from pyuffd.snapshot._output import punch, write_at
 
 
 def is_file_of_memory(mapping: Mapping) -> bool:
@@ -202,9 +202,30 @@ def _copied(
     yield from _copied_of_file(process, work, fd, result, if_changed=if_changed)
     if len(work.of_process):
         copied = process.copy(work.of_process, fd, base=part.start, offset=part.offset)
-        result.data += _spans(work.of_process - copied.lost)
-        result.lost += _spans(copied.lost)
-        yield copied.bytes
+        lost = copied.lost
+        if len(lost):
+            lost -= PageRanges.of(_copied_by_mem(process, part, lost, fd))
+        result.data += _spans(work.of_process - lost)
+        result.lost += _spans(lost)
+        yield work.of_process.bytes
+
+
+def _copied_by_mem(process: Process, part: Placed, pages: PageRanges, fd: int) -> Iterator[Span]:
+    """Copy pages that the process itself cannot read (PROT_NONE); yield those that could be."""
+    try:
+        mem = Descriptor.open(f"/proc/{process.memory_tid}/mem", os.O_RDONLY)
+    except OSError as error:
+        raise_if_short(f"open {error.filename}", error)
+        return
+    with mem:
+        for each in pages:
+            for at in range(each.start, each.end, PAGE_SIZE):
+                content = b""
+                with suppress(OSError):  # poisoned
+                    content = os.pread(mem.number, PAGE_SIZE, at)
+                if len(content) == PAGE_SIZE:
+                    write_at(fd, content, part.offset + at - part.start)
+                    yield at, at + PAGE_SIZE
 
 
 def _copied_of_file(
