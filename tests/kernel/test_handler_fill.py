@@ -377,7 +377,8 @@ def no_calls_by_page() -> None:
     for driver in DRIVERS:
         with handling(driver) as handler:
             by_pages(handler, 1)
-            assert by_pages(handler, 256) == by_pages(handler, 1)
+            # Not exactly: how often a call waits for another thread varies.
+            assert by_pages(handler, 256) < by_pages(handler, 1) + 128
 
 
 @needs(TRACKING)
