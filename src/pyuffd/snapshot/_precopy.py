@@ -261,6 +261,7 @@ class _Rounds:
                 self._tracker._put_back(Pending(unsure=left))
                 return False
             unseen = ranges.subtract(self._unseen(frame), left)
+            self._forget(ranges.subtract(ranges.subtract(self._blind(frame).spans, left), unseen))
             self._writer.copy(unseen, pieces, "stop", until_s=begun_s + options.stopped_s)
             others: Sequence[Placed] = ()
             if options.in_stop is not None:
@@ -292,7 +293,11 @@ class _Rounds:
         return holes
 
     def _unseen(self, frame: _Frame) -> memoryview:
-        """Return the pages that the tracker says nothing about."""
+        """Return the pages with content that the tracker says nothing about."""
+        return self._blind(frame).content(self._process)
+
+    def _blind(self, frame: _Frame) -> Frame:
+        """Return the parts of which the tracker says nothing."""
         blind = self._tracker._gaps()
         known = self._unseen_of
         if known is None or known[0] is not frame or known[1] is not blind:
@@ -300,7 +305,7 @@ class _Rounds:
             sizes = ranges.bytes_in(gaps.memoryview(), frame.rows)
             parts = [part for part, size in zip(frame.layout, sizes, strict=True) if size]
             known = self._unseen_of = frame, blind, Frame(parts)
-        return known[2].content(self._process)
+        return known[2]
 
 
 class _Frame(Frame):
