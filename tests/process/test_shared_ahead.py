@@ -88,25 +88,30 @@ class Shared:
 
 
 @contextmanager
+def mapping(fd: int, length: int) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A program that maps the file, and where; it ends with the block, and the file is closed."""
+    words = [sys.executable, "-c", TARGET, str(fd), str(length)]
+    pipe = subprocess.PIPE
+    program = subprocess.Popen(words, stdin=pipe, stdout=pipe, pass_fds=[fd], text=True)
+    try:
+        assert program.stdout is not None
+        yield program, int(program.stdout.readline())
+    finally:
+        program.kill()
+        program.communicate()
+        os.close(fd)
+
+
+@contextmanager
 def shared() -> Iterator[Shared]:
     fd = os.memfd_create("shared")
     content = bytearray(b"".join(bytes([1 + page % 255]) * PAGE for page in range(PAGES)))
     content[50 * PAGE : 60 * PAGE] = bytes(10 * PAGE)  # pages of zeros, and a hole
     os.pwrite(fd, content, 0)
-    words = [sys.executable, "-c", TARGET, str(fd), str(LENGTH)]
-    pipe = subprocess.PIPE
-    program = subprocess.Popen(words, stdin=pipe, stdout=pipe, pass_fds=[fd], text=True)
-    try:
-        assert program.stdout is not None
-        start = int(program.stdout.readline())
-        with Process(program.pid) as process:
-            memory = Shared(fd, start, process, program, content)
-            memory.punch(80, 5)
-            yield memory
-    finally:
-        program.kill()
-        program.communicate()
-        os.close(fd)
+    with mapping(fd, LENGTH) as (program, start), Process(program.pid) as process:
+        memory = Shared(fd, start, process, program, content)
+        memory.punch(80, 5)
+        yield memory
 
 
 def nothing(_memory: Shared) -> None:
@@ -358,22 +363,15 @@ def huge() -> Iterator[Huge]:
     fd = os.memfd_create("huge", os.MFD_HUGETLB)
     length = 6 * HUGE_PAGE
     os.ftruncate(fd, length)
-    words = [sys.executable, "-c", TARGET, str(fd), str(length)]
-    pipe = subprocess.PIPE
-    with mmap.mmap(fd, length) as area:
-        program = subprocess.Popen(words, stdin=pipe, stdout=pipe, pass_fds=[fd], text=True)
-        try:
-            assert program.stdout is not None
-            start = int(program.stdout.readline())
-            with Process(program.pid) as process:
-                memory = Huge(fd, start, process, area, bytearray(length))
-                for page in (0, 1, 2, 4):
-                    memory.write(page * HUGE_PAGE, random.Random(page).randbytes(HUGE_PAGE))
-                yield memory
-        finally:
-            program.kill()
-            program.communicate()
-            os.close(fd)
+    with (
+        mmap.mmap(fd, length) as area,
+        mapping(fd, length) as (program, start),
+        Process(program.pid) as process,
+    ):
+        memory = Huge(fd, start, process, area, bytearray(length))
+        for page in (0, 1, 2, 4):
+            memory.write(page * HUGE_PAGE, random.Random(page).randbytes(HUGE_PAGE))
+        yield memory
 
 
 def huge_nothing(_memory: Huge) -> None:
