@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NoReturn, Protocol, runtime_checkable
 
 from pyuffd import _memory, _source_files
 from pyuffd._arguments import check_buffer, check_int, shown
@@ -313,11 +313,16 @@ class AsyncSource:
         import asyncio
 
         async def run() -> Buffer:
+            pid = os.getpid()
             try:
                 return await self.function(offset, length)
             except (SystemExit, KeyboardInterrupt) as error:
                 # asyncio would let it end the loop, and nobody would get an answer any more.
                 raise HandlerError(f"{short_repr(self)} raised {type(error).__name__}") from error
+            finally:
+                # In a loop of the program's, something else may have forked.
+                if self.loop is None and os.getpid() != pid:
+                    end_fork()
 
         loop = self.loop or _own_loop()
         coroutine = run()
@@ -360,6 +365,21 @@ def _async_source_elsewhere(
     function: Callable[[int, int], Awaitable[Buffer]], length: int | None
 ) -> AsyncSource:
     return AsyncSource(function, length=length)
+
+
+def end_fork() -> NoReturn:
+    """End a process that a page source has forked, and that came back from the source.
+
+    It would answer requests that are its parent's, and keep the userfaultfd open when that has
+    ended.
+    """
+    with suppress(OSError):
+        os.write(
+            2,
+            b"pyuffd: a process that a page source forked came back from the source: it ends here"
+            b" (end it by os._exit(), or start a program by subprocess)\n",
+        )
+    os._exit(1)
 
 
 # How often a thread that waits for a coroutine looks whether its loop is closed.

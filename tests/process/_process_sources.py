@@ -66,6 +66,12 @@ def forks(offset: int, length: int) -> bytes:
     return page(offset, length)
 
 
+async def forks_later(offset: int, length: int) -> bytes:
+    """The same, in a coroutine."""
+    await asyncio.sleep(0)
+    return forks(offset, length)
+
+
 def forks_and_raises(offset: int, length: int) -> bytes:
     """Fork, and raise in the child."""
     child = os.fork()

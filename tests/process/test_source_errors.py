@@ -9,7 +9,15 @@ from typing import Literal
 
 import pytest
 
-from pyuffd import CallableSource, Handler, HandlerError, PagePoisonedError, Region, Userfaultfd
+from pyuffd import (
+    AsyncSource,
+    CallableSource,
+    Handler,
+    HandlerError,
+    PagePoisonedError,
+    Region,
+    Userfaultfd,
+)
 from pyuffd._describe import TEXT_MOST, described, shortened, traceback_of
 from pyuffd.testing._needs import needs_kernel_faults
 from tests._child import run_child
@@ -125,13 +133,15 @@ def test_texts() -> None:
 def forked(driver: Driver, name: str) -> None:
     with Userfaultfd() as uffd, Region.anonymous(4 * PAGE) as region:
         with Handler(uffd, driver=driver) as handler:
-            handler.serve(region, CallableSource(getattr(sources, name)))
+            function = getattr(sources, name)
+            kind = AsyncSource if name == "forks_later" else CallableSource
+            handler.serve(region, kind(function))
             assert region.read(0, 4 * PAGE) == sources.page(0, 4 * PAGE)
         assert handler.stats().faults["missing"] == 4
 
 
 @both_drivers
-@pytest.mark.parametrize("name", ["forks", "forks_and_raises"])
+@pytest.mark.parametrize("name", ["forks", "forks_and_raises", "forks_later"])
 def test_a_source_that_forks(driver: Driver, name: str) -> None:
     """The child would answer too, and live on with the userfaultfd; the source waits for it."""
     ended = run_child(forked, driver, name, budget_s=20)

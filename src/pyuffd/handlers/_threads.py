@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, NoReturn, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 from pyuffd._describe import described, log_debug
 from pyuffd._errors import ClosedError, UffdOSError
@@ -42,7 +42,7 @@ from pyuffd.handlers._types import (
     SourceKind,
     Taken,
 )
-from pyuffd.sources import AsyncSource
+from pyuffd.sources import AsyncSource, end_fork
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -208,7 +208,7 @@ class WorkedEngine(Engine):
             return self._source(number).read(offset, length)
         finally:
             if os.getpid() != pid:
-                _end_fork()
+                end_fork()
             self._source_threads.end()
 
     def _source(self, number: int) -> PageSource:
@@ -315,18 +315,3 @@ class WorkedEngine(Engine):
         label = self._labels.get(request.number, "a range")
         text = source_text(request, label, error, options["on_error"])
         tell(log, options["say_fd"], text, error)
-
-
-def _end_fork() -> NoReturn:
-    """End a process that a page source has forked, and that came back from the source.
-
-    It would answer requests that are its parent's, and keep the userfaultfd open when that has
-    ended.
-    """
-    with suppress(OSError):
-        os.write(
-            2,
-            b"pyuffd: a process that a page source forked came back from the source: it ends here"
-            b" (end it by os._exit(), or start a program by subprocess)\n",
-        )
-    os._exit(1)
