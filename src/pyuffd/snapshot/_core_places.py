@@ -173,7 +173,7 @@ class CoreLayout:
 
     def _is_memory(self, m: Mapping) -> bool:
         """Whether it is more than reserved; memory that was never touched reads as zeros."""
-        if m.permissions[0] == "r" or m.shared:  # of shared memory no page is the process's own
+        if m.permissions[0] == "r" or m.has_file:  # what a file has is no page of the process
             return True
         own = _own_pages.own(self._process, m.start, m.end, any_will_do=True)
         return len(own) > 0
