@@ -142,7 +142,8 @@ tsan: $(VENV)/.installed-test
 
 # PYUFFD_SEED repeats a run: a failure prints its seed.
 soak: $(VENV)/.installed-test
-	PYUFFD_SOAK_S=$(SOAK_S) $(BIN)/python -m pytest -m stress tests/stress/test_soak.py tests/stress/test_model.py tests/process/test_forks.py tests/kernel/test_restore_oracle.py $(PYTEST_ARGS)
+	PYUFFD_SOAK_S=$(SOAK_S) $(BIN)/python -m pytest -m stress tests/stress/test_soak.py tests/stress/test_model.py tests/process/test_forks.py tests/kernel/test_restore_oracle.py \
+		tests/process/test_changing_mappings.py $(PYTEST_ARGS)
 
 # Both need QEMU and a long time; docs/kernels.md says how long, and what else they need.
 kernels: $(VENV)/.installed-test
