@@ -23,6 +23,12 @@
 #define SCM_PIDFD 0x04
 #endif
 
+/* Several threads may close or move one owner: only one of them gets the descriptor. */
+static int32_t take(int32_t *fd)
+{
+	return __atomic_exchange_n(fd, -1, __ATOMIC_ACQ_REL);
+}
+
 static int keep(int fd, int32_t *fd_ret)
 {
 	if (fd < 0)
@@ -99,10 +105,9 @@ int uffd_owned_pidfd_open(int32_t pid, int32_t *fd_ret)
 
 int uffd_owned_close(int32_t *fd)
 {
-	int number = *fd;
-
 	/* Linux frees the number whatever close(2) returns. */
-	*fd = -1;
+	int number = take(fd);
+
 	if (number >= 0)
 		uffd_watch_end(number);
 	return number >= 0 && close(number) ? -errno : 0;
@@ -117,31 +122,36 @@ int uffd_owned_mmap(uint64_t address, uint64_t length, int prot, int flags, int 
 
 int uffd_owned_munmap(struct uffd_mapping *mapping)
 {
-	int r = mapping->start ? uffd_shim_munmap(mapping->start, mapping->length) : 0;
+	int r;
 
+	/* `start` stays until the memory is unmapped: others look whether it is. */
+	if (__atomic_exchange_n(&mapping->is_ending, 1, __ATOMIC_ACQUIRE))
+		return 0; /* another thread is at it */
+	r = mapping->start ? uffd_shim_munmap(mapping->start, mapping->length) : 0;
 	if (!r)
 		mapping->start = 0;
+	__atomic_store_n(&mapping->is_ending, 0, __ATOMIC_RELEASE);
 	return r;
 }
 
 void uffd_owned_move_mapping(struct uffd_mapping *from, struct uffd_mapping *mapping_ret)
 {
-	*mapping_ret = *from;
+	mapping_ret->start = from->start;
+	mapping_ret->length = from->length;
 	from->start = 0;
 }
 
-static void forget(struct uffd_name *name)
+static char *take_path(struct uffd_name *name)
 {
-	free(name->path);
-	name->path = NULL;
-	name->pid = 0;
+	return __atomic_exchange_n(&name->path, NULL, __ATOMIC_ACQ_REL);
 }
 
 int uffd_owned_name(const char *path, int fd, struct uffd_name *name_ret)
 {
 	struct stat status;
 
-	forget(name_ret);
+	free(take_path(name_ret));
+	name_ret->pid = 0;
 	if (fstat(fd, &status))
 		return -errno;
 	name_ret->path = strdup(path);
@@ -169,13 +179,14 @@ int uffd_owned_create(const char *path, int flags, uint32_t mode, int32_t *fd_re
 
 int uffd_owned_unlink(struct uffd_name *name)
 {
+	char *path = take_path(name);
 	struct stat status;
 	int r = 0;
 
-	if (name->path && name->pid == getpid() && !lstat(name->path, &status) &&
+	if (path && name->pid == getpid() && !lstat(path, &status) &&
 	    status.st_dev == name->device && status.st_ino == name->inode)
-		r = unlink(name->path) && errno != ENOENT ? -errno : 0;
-	forget(name);
+		r = unlink(path) && errno != ENOENT ? -errno : 0;
+	free(path);
 	return r;
 }
 
@@ -251,8 +262,7 @@ int64_t uffd_owned_receive(int sock, void *buffer, uint64_t size, struct uffd_re
 
 void uffd_owned_move(int32_t *from, int32_t *fd_ret)
 {
-	*fd_ret = *from;
-	*from = -1;
+	*fd_ret = take(from);
 }
 
 void uffd_owned_take(struct uffd_received *received, uint32_t index, int32_t *fd_ret)

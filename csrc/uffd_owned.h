@@ -30,6 +30,7 @@ void uffd_owned_move(int32_t *from, int32_t *fd_ret);
 struct uffd_mapping {
 	uint64_t start;
 	uint64_t length;
+	uint32_t is_ending; /* a thread unmaps it */
 };
 
 int uffd_owned_mmap(uint64_t address, uint64_t length, int prot, int flags, int fd,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import mmap
 import os
+import select
 import threading
 from collections.abc import Callable
 
@@ -18,10 +20,16 @@ from pyuffd import (
     PartialResolveError,
     Region,
     RegionKind,
+    Unmap,
     Userfaultfd,
+    _memory,
 )
+from pyuffd.testing import needs
 from tests._child import run_child
 from tests._memory import Memory, memory_of, memory_params
+
+PAGE = 4096
+MAP_FIXED_NOREPLACE = 0x100000  # not in the mmap module
 
 
 def mapped(start: int) -> bool:
@@ -159,6 +167,36 @@ def test_close(memory: Memory) -> None:
             os.fstat(fd)
     assert "closed" in repr(region)
     assert region.length == memory.page_size
+
+
+def closed_again() -> None:
+    length = 16 * PAGE
+    with Userfaultfd(features=Feature.EVENT_UNMAP) as uffd:
+        region = Region.anonymous(length)
+        start = region.start
+        uffd.register(region)
+        closer = threading.Thread(target=region.close)
+        closer.start()
+        poll = select.poll()
+        poll.register(uffd, select.POLLIN)
+        assert poll.poll(10_000)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
+        found = _memory.mmap(length, mmap.PROT_READ, flags, address=start)
+        try:
+            assert found == start
+            region.close()
+            assert mapped(start)
+        finally:
+            assert [type(event) for event in uffd.read_events()] == [Unmap]
+            closer.join()
+            assert mapped(start)
+            _memory.munmap(start, length)
+
+
+@needs(Feature.EVENT_UNMAP)
+def test_closed_again_while_the_kernel_waits() -> None:
+    """What is mapped there since stays: munmap(2) waits until its event is read."""
+    run_child(closed_again)
 
 
 def test_use_after_close(memory: Memory) -> None:
