@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from types import TracebackType
-from typing import ClassVar, NoReturn, Self
+from typing import ClassVar, NoReturn, Self, TypeVar
 
 from pyuffd._describe import described, text_of
 from pyuffd._dropped import close_dropped
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def attach(exc: BaseException, error: BaseException, what: str) -> None:
@@ -35,6 +38,15 @@ def attach(exc: BaseException, error: BaseException, what: str) -> None:
         last = last.__context__
     if id(last) not in seen:
         last.__context__ = error
+
+
+def alive(members: Iterable[T]) -> list[T]:
+    """Return what is in a WeakSet or in a WeakKeyDictionary, while other threads add to it."""
+    while True:
+        try:
+            return list(members)
+        except RuntimeError:  # before Python 3.14 their iterators raise it then
+            continue
 
 
 class SoleOwner:
@@ -95,7 +107,7 @@ class CloseCallbacks(Closing):
 
     def _forget_on_close(self, callback: Callable[[], None]) -> None:
         """Undo an `_on_close`; unknown callbacks are ignored."""
-        if callback in self._before_close:
+        with suppress(ValueError):
             self._before_close.remove(callback)
 
     def _run_before_close(self) -> None:

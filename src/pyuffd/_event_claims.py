@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from contextlib import suppress
+from threading import RLock
 from typing import Generic, Protocol, TypeVar
 
 from pyuffd import lowlevel
@@ -46,6 +48,7 @@ class EventClaims(Generic[Uffd, Event]):
         self.unread: deque[Event] = deque()  # read for events(), and not delivered
         self.is_awaited = False
         self._owner: weakref.ref[Owner[Uffd]] | None = None
+        self._lock = RLock()  # for the change from no owner to one
 
     def claim(self, uffd: Uffd, owner: Owner[Uffd]) -> None:
         """Let only `owner` read events until it is gone or calls `release`.
@@ -57,19 +60,34 @@ class EventClaims(Generic[Uffd, Event]):
             ValueError: they belong to another owner.
             EventsBusyError: a task waits for them.
         """
-        other = self.owner
-        if other is not None and other is not owner:
-            raise ValueError(
-                f"{uffd!r} has a handler already, which must be closed first: {other!r}"
-            )
-        if self.is_awaited:
-            raise EventsBusyError(
-                f"a task waits for the events of {uffd!r}: cancel it before making a Handler"
-            )
-        self._owner = weakref.ref(owner)
-        for event in [event for event in self.unread if isinstance(event, Pagefault)]:
+        mine = weakref.ref(owner)
+        with self._lock:
+            is_mine = False
+            while not is_mine:
+                seen, other = self._owner, self.owner
+                if other is not None and other is not owner:
+                    raise ValueError(
+                        f"{uffd!r} has a handler already, which must be closed first: {other!r}"
+                    )
+                if self.is_awaited:
+                    raise EventsBusyError(
+                        f"a task waits for the events of {uffd!r}: cancel it before making a"
+                        " Handler"
+                    )
+                # A signal handler of this thread may claim them too, but not in between.
+                if self._owner is seen:
+                    self._owner, is_mine = mine, True
+        for event in [event for event in self.unread.copy() if isinstance(event, Pagefault)]:
             lowlevel.wake(uffd.fileno(), round_down(event.address, PAGE_SIZE), PAGE_SIZE)
             self.unread.remove(event)
+
+    def take_unread(self, limit: int) -> list[Event]:
+        """Remove and return the oldest events that were read but not delivered."""
+        taken: list[Event] = []
+        with suppress(IndexError):  # other threads take some too
+            while len(taken) < limit:
+                taken.append(self.unread.popleft())
+        return taken
 
     @property
     def is_owned(self) -> bool:

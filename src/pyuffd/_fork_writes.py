@@ -17,6 +17,7 @@ from typing import Protocol
 
 from pyuffd import _vmas
 from pyuffd._abi import Feature, RegisterMode
+from pyuffd._closing import alive
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -55,7 +56,7 @@ def is_of_subprocess(caller: dict[str, object]) -> bool:
 def _before_fork() -> None:
     if not _seen or is_of_subprocess(sys._getframe(1).f_globals):
         return
-    for uffd in list(_seen):
+    for uffd in alive(_seen):
         found = None
         with suppress(OSError):
             found = _unseen(uffd)

@@ -77,7 +77,7 @@ def tidy() -> None:
 def check_target(start: int, length: int, memory: object) -> None:
     """Raise RangeBusyError if a thread that is left behind may still copy into a range."""
     tidy()
-    for one in _left:
+    for one in _left.copy():
         for first, end in one.targets:
             if one.memory == memory and first < start + length and start < end:
                 raise_errno(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from operator import itemgetter
+from threading import RLock
 
 from pyuffd._abi import RegisterMode
 
@@ -16,10 +17,10 @@ def is_subset(mode: RegisterMode, of: RegisterMode) -> bool:
 class RangeModes:
     """The ranges that one object registered, with their modes: disjoint, in address order.
 
-    Each change is one assignment, so an exception raised by a signal handler comes before or after
-    it. It is made only if no other thread, nor a signal handler, has made one since the rows were
-    looked at. CPython changes threads and runs signal handlers after calls and at the end of a
-    loop's pass, so never between that comparison and the assignment.
+    The lock keeps other threads out, but not a signal handler, nor a destructor, of its holder.
+    So each change is one assignment: an exception raised there comes before or after it. It is made
+    only if none has made a change since the rows were looked at. CPython runs signal handlers after
+    calls and at the end of a loop's pass, so never between that comparison and the assignment.
 
     Threads: safe.
     """
@@ -27,6 +28,7 @@ class RangeModes:
     def __init__(self) -> None:
         self._rows: list[_Row] = []
         self._changes = 0
+        self._lock = RLock()
 
     def __bool__(self) -> bool:
         return bool(self._rows)
@@ -49,11 +51,12 @@ class RangeModes:
 
     def overlapping(self, start: int, end: int) -> list[_Row]:
         """Return the parts of known ranges that lie in [start, end)."""
-        while True:
-            changes = self._changes
-            rows = self._rows[self._slice(start, end)]
-            if self._changes == changes:
-                return [(max(a, start), min(b, end), mode) for a, b, mode in rows]
+        with self._lock:
+            while True:
+                changes = self._changes
+                rows = self._rows[self._slice(start, end)]
+                if self._changes == changes:
+                    return [(max(a, start), min(b, end), mode) for a, b, mode in rows]
 
     def set(self, start: int, end: int, mode: RegisterMode) -> None:
         """Note `mode` for [start, end), as the kernel does: a subset of the old mode is ignored."""
@@ -82,17 +85,18 @@ class RangeModes:
         self._replace(start, end, lambda known: [])
 
     def _replace(self, start: int, end: int, make: Callable[[list[_Row]], list[_Row]]) -> None:
-        while True:
-            changes = self._changes
-            where = self._slice(start, end)
-            old = self._rows[where]
-            before = [(a, start, mode) for a, _, mode in old]
-            behind = [(end, b, mode) for _, b, mode in old]
-            rows = make([(max(a, start), min(b, end), mode) for a, b, mode in old])
-            new = [row for row in [*before, *rows, *behind] if row[0] < row[1]]
-            if self._changes == changes:
-                self._changes, self._rows[where] = changes + 1, new
-                return
+        with self._lock:
+            while True:
+                changes = self._changes
+                where = self._slice(start, end)
+                old = self._rows[where]
+                before = [(a, start, mode) for a, _, mode in old]
+                behind = [(end, b, mode) for _, b, mode in old]
+                rows = make([(max(a, start), min(b, end), mode) for a, b, mode in old])
+                new = [row for row in [*before, *rows, *behind] if row[0] < row[1]]
+                if self._changes == changes:
+                    self._changes, self._rows[where] = changes + 1, new
+                    return
 
     def _slice(self, start: int, end: int) -> slice:
         first = bisect_right(self._rows, start, key=_start_of)

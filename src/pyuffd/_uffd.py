@@ -381,9 +381,8 @@ class Userfaultfd(UffdFill):
         max_events = min(max_events, READ_MOST)
         fd = self.fileno()
         self._claims.check(self)
-        unread = self._claims.unread
-        if unread:
-            return [unread.popleft() for _ in range(min(max_events, len(unread)))]
+        if unread := self._claims.take_unread(max_events):
+            return unread
         raw = lowlevel.read(fd, max_events * MESSAGE_SIZE)
         return [self._event(raw[at : at + MESSAGE_SIZE]) for at in range(0, len(raw), MESSAGE_SIZE)]
 

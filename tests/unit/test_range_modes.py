@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import random
 import sys
+import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -94,11 +95,16 @@ INNER: tuple[Change, ...] = (
 )
 
 
-def changed_at(line: int, outer: Change, inner: Change) -> tuple[RangeModes, int]:
-    """Make a change before the line with this number of another one; return how many it has."""
-    modes, seen = RangeModes(), 0
+def filled() -> RangeModes:
+    modes = RangeModes()
     for start in (0, 8, 16):
         modes.set(start, start + 8, MISSING)
+    return modes
+
+
+def changed_at(line: int, outer: Change, inner: Change) -> tuple[RangeModes, int]:
+    """Make a change before the line with this number of another one; return how many it has."""
+    modes, seen = filled(), 0
 
     def trace(frame: FrameType, event: str, arg: object) -> Any:
         nonlocal seen
@@ -131,3 +137,30 @@ def test_a_change_inside_another_one(outer: int, inner: int) -> None:
     for line in range(1, lines):
         modes, _ = changed_at(line, OUTER[outer], INNER[inner])
         assert by_page(modes) == model.pages, f"line {line} of {lines}"
+
+
+@pytest.mark.parametrize("inner", range(len(INNER)))
+@pytest.mark.parametrize("outer", range(len(OUTER)))
+def test_a_change_by_another_thread(outer: int, inner: int) -> None:
+    """Without the GIL it may come between the comparison and the assignment too."""
+    modes, model = filled(), Model()
+    model.set(0, PAGES, MISSING)
+    INNER[inner](model)
+    OUTER[outer](model)
+    other = threading.Thread(target=INNER[inner], args=(modes,))
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        text = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        if event == "line" and text.strip().startswith(ASSIGNMENT):
+            other.start()
+            other.join(0.1)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        OUTER[outer](modes)
+    finally:
+        sys.settrace(before)
+    other.join()
+    assert by_page(modes) == model.pages

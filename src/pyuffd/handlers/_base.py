@@ -178,8 +178,7 @@ class HandlerBase(SoleOwner):
 
     def _bounce(self, page_size: int, *, shared: bool) -> Bounce:
         """Return memory for content under way; give it to `_keep_bounce` afterwards."""
-        while self._bounces:
-            bounce = self._bounces.pop()
+        while (bounce := self._take_bounce()) is not None:
             if bounce.size >= page_size and shared == (bounce.fd >= 0):
                 return bounce
         return Bounce(max(BOUNCE_SIZE, page_size), shared=shared)
@@ -193,8 +192,14 @@ class HandlerBase(SoleOwner):
             self._close_bounces()
 
     def _close_bounces(self) -> None:
-        while self._bounces:
-            self._bounces.pop().close()
+        while (bounce := self._take_bounce()) is not None:
+            bounce.close()
+
+    def _take_bounce(self) -> Bounce | None:
+        try:
+            return self._bounces.pop()
+        except IndexError:  # none, or another thread has just taken the last
+            return None
 
     def _find(self, region: RangeLike | int, uffd: Userfaultfd | None = None) -> Served | None:
         """Return the range that begins where a region does, if it is served."""

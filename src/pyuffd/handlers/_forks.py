@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from pyuffd import _memory
 from pyuffd._abi import Feature, RegisterMode
+from pyuffd._closing import alive
 from pyuffd._errors import UffdError
 from pyuffd._fork_writes import is_of_subprocess
 from pyuffd._residency import PageResidency, residency
@@ -97,7 +98,7 @@ def _part_has_holes(handler: HandlerBase, served: Served, begin: int, end: int) 
 def _before_fork() -> None:
     if is_of_subprocess(sys._getframe(1).f_globals):
         return
-    for watch in list(_watches):
+    for watch in alive(_watches):
         if watch.warned or watch.pid != os.getpid():
             continue
         try:

@@ -68,8 +68,8 @@ class Spans(Generic[T]):
     that reaches an address starts less than that power before it, so a search looks at few spans
     that do not reach it.
 
-    Each change is made at once, and only if no other thread, nor a signal handler, has made one
-    since the lists were looked at, see `RangeModes`.
+    The caller holds the lock. Each change is made at once, and only if no signal handler has made
+    one since the lists were looked at, see `RangeModes`.
     """
 
     def __init__(self) -> None:

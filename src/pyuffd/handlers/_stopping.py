@@ -8,6 +8,7 @@ import os
 import time
 import weakref
 
+from pyuffd._closing import alive
 from pyuffd._describe import log_error
 from pyuffd._errors import HandlerError, HelperLostError
 from pyuffd._latch import is_held_here
@@ -230,7 +231,7 @@ unstopped: weakref.WeakSet[Stops] = weakref.WeakSet()
 
 @atexit.register
 def _stop_all() -> None:
-    for handler in list(unstopped):
+    for handler in alive(unstopped):
         try:
             handler.stop()
         except HandlerError as error:

@@ -188,7 +188,7 @@ class WorkedEngine(Engine):
 
     def failure_at(self, address: int) -> SourceFailure | None:
         """Return what a source raised for this page, or the first failure."""
-        for raised in self._raised:
+        for raised in self._raised.copy():  # workers add to it
             if raised.start <= address < raised.start + raised.length:
                 return raised
         return super().failure_at(address)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING, Self
 
 from pyuffd import _machine, _memory
@@ -482,8 +483,8 @@ class Region(Divisible):
 
     def _forget_check(self, check: Callable[[int, int], None] | None) -> None:
         """Undo a `_before_access`; unknown functions are ignored."""
-        if check in self._checks:
-            self._checks.remove(check)
+        with suppress(ValueError):
+            self._checks.remove(check)  # type: ignore[arg-type]
 
     def _here(self, error: PagePoisonedError) -> PagePoisonedError:
         """Add to the error where in this region the page is."""
