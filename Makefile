@@ -13,6 +13,7 @@
 #   make changelog   print the changelog made of the fragments in changes/
 #   make soak     everything at once for SOAK_S seconds      make tsan     handler tests, C with ThreadSanitizer
 #   make engine-mutants   the tests of the pitfalls on this library, broken on purpose
+#   make free-threaded PYTHON=python3.14t   the tests on a free-threaded Python
 #   make criu     the tests with a real CRIU, which it fetches from Debian
 #   make qemu     the tests with guests of QEMU, which must be installed
 #   make test-unprivileged   the tests as another user (run by root)
@@ -78,7 +79,7 @@ TSAN_WITHOUT := --deselect tests/process/test_process_driver.py::test_starts_wit
 # Hundreds of short processes import the library and the tests, so cache the bytecode even if the environment forbids it.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: docs demo test test-unprivileged test-refused dev lint typing bench asan tsan soak kernels mutants kernel-coverage machine-mutants engine-mutants criu qemu clean
+.PHONY: docs demo test test-unprivileged test-refused dev lint typing bench asan tsan soak kernels mutants kernel-coverage machine-mutants engine-mutants criu qemu free-threaded clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -140,6 +141,16 @@ tsan: $(VENV)/.installed-test
 	$(TSAN_ENV) $(BIN)/python -c 'import pyuffd._shim as s; assert "$(TSAN_DIR)" in s.__file__, s.__file__'
 	$(TSAN_ENV) $(RUN_TESTS) $(TSAN_TESTS) $(TSAN_WITHOUT) $(PYTEST_ARGS)
 
+# An environment of its own: each Python finds the compiled module with its own suffix in the same tree.
+FREE_THREADED_VENV ?= build/free-threaded
+FREE_THREADED_TESTS ?= tests/unit tests/kernel tests/process
+
+free-threaded:
+	@$(PYTHON) -c 'import sys, sysconfig; sysconfig.get_config_var("Py_GIL_DISABLED") or sys.exit(f"PYTHON={sys.executable} has a GIL: name a free-threaded Python, as PYTHON=python3.14t")'
+	$(MAKE) VENV=$(FREE_THREADED_VENV) $(FREE_THREADED_VENV)/.installed-free-threaded
+	$(FREE_THREADED_VENV)/bin/python -W error -c 'import sys, pyuffd; assert not sys._is_gil_enabled()'
+	$(FREE_THREADED_VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --maxprocesses 8 --dist worksteal $(FREE_THREADED_TESTS) $(PYTEST_ARGS)
+
 # PYUFFD_SEED repeats a run: a failure prints its seed.
 soak: $(VENV)/.installed-test
 	PYUFFD_SOAK_S=$(SOAK_S) $(BIN)/python -m pytest -m stress tests/stress/test_soak.py tests/stress/test_model.py tests/process/test_forks.py tests/kernel/test_restore_oracle.py \
@@ -200,6 +211,10 @@ $(VENV)/.installed-test: $(VENV)/.installed
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --group dev
 	@touch $(VENV)/.installed-test $@
+
+$(VENV)/.installed-free-threaded: $(VENV)/.installed
+	$(PIP) --group free-threaded
+	@touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed
 	$(PIP) --group docs
