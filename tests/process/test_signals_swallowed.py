@@ -26,7 +26,7 @@ number = signal.Signals(int(sys.argv[1]))
 
 class Object:
     def __del__(self):
-        if wanted == "finalizer":
+        if wanted in ("finalizer", "lost alarm"):
             signal.raise_signal(number)
         if wanted == "finalizer that fails":
             try:
@@ -59,8 +59,13 @@ def swallow():
 def run(_):
     if wanted == "ignored":
         signal.signal(number, signal.SIG_IGN)
+    if wanted == "lost alarm":
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
     with ended_by(signal.SIGTERM, signal.SIGHUP):
         swallow()
+        if wanted == "lost alarm":  # as if it arrived just before sleep() begins
+            signal.sigwait([signal.SIGALRM])
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
         if wanted == "ignored":
             signal.raise_signal(number)
         elif wanted != "except":
@@ -83,6 +88,7 @@ sys.exit(cli.main(["swallow"]))
     ("where", "said"),
     [
         ("finalizer", ""),
+        ("lost alarm", ""),
         ("finalizer that fails", "hook\n"),
         ("weakref", ""),
         ("gc", ""),
@@ -128,7 +134,12 @@ class Object:
         os.kill(os.getpid(), int(sys.argv[1]))
 
 def work(*_):
+    if len(sys.argv) > 2:  # the first alarm arrives just before sleep() begins
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
     Object()
+    if len(sys.argv) > 2:
+        signal.sigwait([signal.SIGALRM])
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     time.sleep(1000)
 
 _helper._work = work
@@ -137,11 +148,16 @@ _helper.main(-1, os.getppid())
 
 
 @pytest.mark.parametrize(
-    ("program", "number"), [(DEMO, signal.SIGHUP), (HELPER, signal.SIGTERM)], ids=["demo", "helper"]
+    ("program", "number", "more"),
+    [
+        pytest.param(DEMO, signal.SIGHUP, [], id="demo"),
+        pytest.param(HELPER, signal.SIGTERM, [], id="helper"),
+        pytest.param(HELPER, signal.SIGTERM, ["lost alarm"], id="helper-lost alarm"),
+    ],
 )
-def test_programs(program: str, number: signal.Signals) -> None:
+def test_programs(program: str, number: signal.Signals, more: list[str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", program, str(int(number))],
+        [sys.executable, "-c", program, str(int(number)), *more],
         capture_output=True,
         text=True,
         timeout=LIMIT_S,

@@ -11,7 +11,8 @@ from types import FrameType
 from typing import Any, Final
 
 # The delay before a swallowed exception is raised again. The code that swallowed it has usually
-# returned by then.
+# returned by then. The alarm repeats until that is done: one that arrives just before a system call
+# that sleeps does not interrupt it.
 AGAIN_S: Final = 0.005
 
 
@@ -33,6 +34,7 @@ class _State:
 
     depth = 0
     last = 0  # the number of the last signal that arrived
+    is_swallowed = False  # its exception was, and is to be raised again
     hook = sys.unraisablehook
     # The command's result is complete, and its exit status says so, whatever signal arrives now.
     is_late = False
@@ -56,6 +58,7 @@ def ended_by(*numbers: signal.Signals) -> Iterator[None]:
         _State.depth += 1
         if _State.depth == 1:
             _State.last, _State.hook, _State.is_late = 0, sys.unraisablehook, False
+            _State.is_swallowed = False
             sys.unraisablehook = _unraisable
             before[signal.SIGALRM] = signal.signal(signal.SIGALRM, _again)
         for number in numbers:
@@ -103,14 +106,22 @@ def _end(number: int, frame: FrameType | None) -> None:
     _State.last = number
     while frame is not None:
         if frame.f_code is _unraisable.__code__:  # an exception in the hook is swallowed as well
-            signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
+            _raise_again_later()
             return
         frame = frame.f_back
     raise _exception(number)
 
 
+def _raise_again_later() -> None:
+    _State.is_swallowed = True
+    signal.setitimer(signal.ITIMER_REAL, AGAIN_S, AGAIN_S)
+
+
 def _again(_number: int, frame: FrameType | None) -> None:
-    _end(_State.last, frame)
+    if _State.is_swallowed:  # an alarm may be left over
+        _State.is_swallowed = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        _end(_State.last, frame)
 
 
 def _exception(number: int) -> BaseException:
@@ -124,6 +135,6 @@ def _unraisable(what: sys.UnraisableHookArgs) -> None:
         ours = ours.__context__  # another exception may have replaced it
     is_swallowed = ours is not None and _State.last != 0
     if is_swallowed:
-        signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
+        _raise_again_later()
     if not is_swallowed or ours is not what.exc_value:
         _State.hook(what)

@@ -149,7 +149,7 @@ def main(fd: int, pid: int) -> NoReturn:
         try:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other side decides, by SIGTERM
             signal.signal(signal.SIGTERM, _terminate)
-            signal.signal(signal.SIGALRM, _terminate)
+            signal.signal(signal.SIGALRM, _again)
             sys.unraisablehook = _unraisable
             _work(fd, pid)
             code = 0
@@ -188,10 +188,24 @@ def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
     sys.exit(128 + signal.SIGTERM)
 
 
+_swallowed = False  # the end, and it is to be raised again
+
+
+def _again(number: int, frame: FrameType | None) -> None:
+    global _swallowed
+    if _swallowed:  # an alarm may be left over
+        _swallowed = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        _terminate(number, frame)
+
+
 def _unraisable(what: sys.UnraisableHookArgs) -> None:
     """Raise the end again, if a finalizer or a callback has swallowed it."""
+    global _swallowed
     if isinstance(what.exc_value, SystemExit):
-        signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
+        _swallowed = True
+        # It repeats: an alarm just before a system call that sleeps does not interrupt it.
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_S, AGAIN_S)
     else:
         sys.__unraisablehook__(what)
 
