@@ -39,11 +39,16 @@ def folder() -> Iterator[Path]:
         yield Path(path)
 
 
+def wait_for_exec(pid: int) -> None:
+    """Wait for "sleep" to run: in execve(2), a process may not be looked at by its own user."""
+    while Path(f"/proc/{pid}/comm").read_text() != "sleep\n":
+        time.sleep(0.001)
+
+
 @pytest.fixture
 def sleeper() -> Iterator[int]:
     with subprocess.Popen(["sleep", "60"]) as child:
-        while Path(f"/proc/{child.pid}/comm").read_text() != "sleep\n":
-            time.sleep(0.001)
+        wait_for_exec(child.pid)
         yield child.pid
         child.kill()
 
@@ -104,6 +109,7 @@ def as_nobody(words: list[str], folder: str) -> int:
     os.setresuid(NOBODY, NOBODY, NOBODY)
     with subprocess.Popen(["sleep", "60"]) as child:
         words = [str(child.pid) if word.isdecimal() else word for word in words]
+        wait_for_exec(child.pid)
         try:
             return main(words)
         finally:
