@@ -5,14 +5,16 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from contextlib import suppress
-from threading import RLock
 from typing import Generic, Protocol, TypeVar
 
 from pyuffd import lowlevel
 from pyuffd._abi import RegisterMode
 from pyuffd._errors import EventsBusyError
 from pyuffd._events import Pagefault
+from pyuffd._fork_lock import ForkLock
 from pyuffd._pages import PAGE_SIZE, round_down
+
+_claiming = ForkLock()  # for the change from no owner to one
 
 
 class Claimed(Protocol):
@@ -48,7 +50,6 @@ class EventClaims(Generic[Uffd, Event]):
         self.unread: deque[Event] = deque()  # read for events(), and not delivered
         self.is_awaited = False
         self._owner: weakref.ref[Owner[Uffd]] | None = None
-        self._lock = RLock()  # for the change from no owner to one
 
     def claim(self, uffd: Uffd, owner: Owner[Uffd]) -> None:
         """Let only `owner` read events until it is gone or calls `release`.
@@ -61,7 +62,7 @@ class EventClaims(Generic[Uffd, Event]):
             EventsBusyError: a task waits for them.
         """
         mine = weakref.ref(owner)
-        with self._lock:
+        with _claiming.now:
             is_mine = False
             while not is_mine:
                 seen, other = self._owner, self.owner

@@ -5,9 +5,11 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from operator import itemgetter
-from threading import RLock
 
 from pyuffd._abi import RegisterMode
+from pyuffd._fork_lock import ForkLock
+
+_lock = ForkLock()
 
 
 def is_subset(mode: RegisterMode, of: RegisterMode) -> bool:
@@ -28,7 +30,6 @@ class RangeModes:
     def __init__(self) -> None:
         self._rows: list[_Row] = []
         self._changes = 0
-        self._lock = RLock()
 
     def __bool__(self) -> bool:
         return bool(self._rows)
@@ -51,7 +52,7 @@ class RangeModes:
 
     def overlapping(self, start: int, end: int) -> list[_Row]:
         """Return the parts of known ranges that lie in [start, end)."""
-        with self._lock:
+        with _lock.now:
             while True:
                 changes = self._changes
                 rows = self._rows[self._slice(start, end)]
@@ -85,7 +86,7 @@ class RangeModes:
         self._replace(start, end, lambda known: [])
 
     def _replace(self, start: int, end: int, make: Callable[[list[_Row]], list[_Row]]) -> None:
-        with self._lock:
+        with _lock.now:
             while True:
                 changes = self._changes
                 where = self._slice(start, end)
