@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import psutil
+
 from benchmarks._build import Programs
 from pyuffd.testing import _huge_pages
 
@@ -48,6 +50,11 @@ class Setup:
 def command(program: str, *words: object) -> list[str]:
     """Return the command of a C member of a pair."""
     return [program, *(str(word) for word in words)]
+
+
+def available_memory() -> int:
+    """Return how many bytes programs can still have, the page cache's included."""
+    return int(psutil.virtual_memory().available)
 
 
 @contextmanager

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 from benchmarks._pairs import Row, Skipped, Target, latency_row, run_pairs
-from benchmarks._setup import Setup, command
+from benchmarks._setup import Setup, available_memory, command
 
 _LENGTH = 1 << 30
 _REPEATS = 5
@@ -35,7 +34,7 @@ def _growth(setup: Setup) -> Iterator[Row | Skipped]:
     """Yield the row that compares a round over 8 times the memory: nothing grows faster than it."""
     small = _LENGTH // 8 if setup.quick else _LENGTH
     name = f"DirtyTracker.collect() over {8 * small >> 20} MiB / over {small >> 20} MiB"
-    if os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGESIZE") < 12 * small:
+    if available_memory() < 12 * small:
         yield Skipped(name, "too little memory is free")
         return
     pairs = run_pairs(

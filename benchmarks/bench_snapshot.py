@@ -21,7 +21,7 @@ import psutil
 
 from benchmarks._pairs import MemberError, Row, Skipped, Target, ratio_row
 from benchmarks._redis import Redis, lacking
-from benchmarks._setup import Setup
+from benchmarks._setup import Setup, available_memory
 from pyuffd import DirtyTracker, Process, Snapshot, SnapshotReport, StopTimeoutError, write_core
 
 _MIB = 1 << 20
@@ -244,7 +244,7 @@ def _registers(setup: Setup, threads: int, folder: Path) -> Row:
 def _growth(setup: Setup, size: int, folder: Path) -> Row | Skipped:
     """Return the pause of cow with 8 times the memory beside that with the memory."""
     name = f"pause, cow: {8 * size} MiB / {size} MiB"
-    if os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGESIZE") < 10 * size * _MIB:
+    if available_memory() < 10 * size * _MIB:
         return Skipped(name, "too little memory is free")
     if shutil.disk_usage(folder).free < 10 * size * _MIB:
         return Skipped(name, "too little space is free")

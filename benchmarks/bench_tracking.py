@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import os
 import statistics
 import subprocess
 import tempfile
@@ -25,7 +24,7 @@ from benchmarks._pairs import (
     run_pairs,
 )
 from benchmarks._redis import Redis, lacking
-from benchmarks._setup import Setup, command
+from benchmarks._setup import Setup, available_memory, command
 from pyuffd import DirtyTracker, Process
 
 _MODULE = "_tracking_members"
@@ -221,7 +220,7 @@ def _memory(setup: Setup) -> Iterator[Row | Skipped]:
     """Yield what a tracker needs of our memory, for a small and for a large process."""
     small, large = (32, 1024) if setup.quick else (256, 8192)
     name = f"our memory for tracking {large} MiB of another process, more than for {small} MiB"
-    if os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGESIZE") < (large + 2048) * _MIB:
+    if available_memory() < (large + 2048) * _MIB:
         yield Skipped(name, "too little memory is free")
         return
     found = []

@@ -26,7 +26,7 @@ from benchmarks import (
 from benchmarks._build import build
 from benchmarks._pairs import MemberError, Row, Skipped
 from benchmarks._report import Table, as_json, as_markdown, environment
-from benchmarks._setup import Setup, warm_memory
+from benchmarks._setup import Setup, available_memory, warm_memory
 
 _BENCHMARKS = {
     "fault_latency": bench_fault_latency.run,
@@ -74,7 +74,7 @@ def main() -> int:
     failed = False
     table = Table()
     wanted = _QUICK_WARM if args.quick else _WARM
-    warm = min(wanted, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGESIZE") // 2)
+    warm = min(wanted, available_memory() // 2)
     with (
         tempfile.TemporaryDirectory(prefix="pyuffd-bench-") as directory,
         warm_memory(warm),
