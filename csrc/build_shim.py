@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import sysconfig
 from pathlib import Path
 
 from cffi import FFI
@@ -24,6 +26,9 @@ CFLAGS = [
 ]
 if os.environ.get("PYUFFD_WERROR") == "1":
     CFLAGS.append("-Werror")
+if sysconfig.get_config_var("Py_GIL_DISABLED") and sys.version_info < (3, 15):
+    # cffi defines it on the command line and again in the C that it writes: a warning.
+    CFLAGS.append("-U_CFFI_NO_LIMITED_API")
 SANITIZE = os.environ.get("PYUFFD_SANITIZE", "")
 LDFLAGS = ["-pthread"]
 if SANITIZE:

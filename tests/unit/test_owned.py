@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import socket
+import sysconfig
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,12 +71,17 @@ class Closes:
 
 
 def test_closed_after_the_garbage_collector_did() -> None:
-    """It ends what is in a cycle in the order in which it was made: here the descriptor first."""
+    """It ends what is in a cycle in the order in which it was made: here the descriptor first.
+
+    That of free-threaded Python calls `__del__` first.
+    """
     seen: list[int] = []
     for _ in range(10):
         Closes(Descriptor.open("/dev/null", os.O_RDONLY), seen)
         gc.collect()
-    assert seen == [-1] * 10
+    assert len(seen) == 10
+    if not sysconfig.get_config_var("Py_GIL_DISABLED"):
+        assert seen == [-1] * 10
 
 
 def test_closes_once() -> None:
