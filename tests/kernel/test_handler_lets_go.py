@@ -21,8 +21,10 @@ from pyuffd import (
     RegisterMode,
     Userfaultfd,
 )
+from pyuffd.handlers._engine import Engine
 
 PAGE = 4096
+NULL = Path("/dev/null")
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +96,19 @@ def test_a_path_is_closed(end: str, tmp_path: Path) -> None:
         with _kept(handler):
             ENDS[end](handler, uffd, region)
             assert _open_of(path) == 0
+
+
+def test_the_descriptor_when_the_last_call_leaves() -> None:
+    """Without another call of the library: what keeps the number from being reused is closed."""
+    before = _open_of(NULL)
+    with Userfaultfd() as uffd, Handler(uffd) as handler:
+        assert isinstance(handler._engine, Engine)
+        pointer = handler._engine._engine()  # as a call has it
+        handler.stop()
+        uffd.close()
+        assert _open_of(NULL) == before + 1
+        del pointer
+        assert _open_of(NULL) == before
 
 
 def _open_of(path: Path) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from pyuffd import _left
 from pyuffd._closing import SoleOwner
 from pyuffd._errors import ClosedError
 from pyuffd._shim import ffi, lib
@@ -24,7 +25,9 @@ class EngineLife:
         self.is_over = False  # no call is inside, and none will come
         self._is_owned = self._is_finalized = self._is_freed = False
         self._lock = threading.RLock()
-        self._discard = lib.uffd_engine_discard  # modules may be gone before a destructor runs
+        # Modules may be gone before a destructor runs.
+        self._discard = lib.uffd_engine_discard
+        self._tidy = _left.tidy
 
     def own(self) -> None:
         """Note that somebody will call `let_go`."""
@@ -45,7 +48,10 @@ class EngineLife:
 
     def _end(self) -> None:
         self.is_over = True
-        self.free_if_deserted()
+        # The last pointer may go long after the handler's end: free-threaded Python lets the thread
+        # that made it drop what another one released, when it runs Python code again.
+        if self.free_if_deserted():
+            self._tidy()
 
     def free_if_deserted(self) -> bool:
         """Free it if it is over; return whether it is freed."""
