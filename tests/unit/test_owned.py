@@ -11,7 +11,6 @@ import resource
 import signal
 import socket
 import sysconfig
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -93,30 +92,6 @@ def test_closes_once() -> None:
         owner.close()
         del owner
         assert is_open(reuses_the_number.fileno())
-
-
-def test_closed_by_several_threads() -> None:
-    """One of them closes it; the number may be another file's as the others come."""
-    tries, threads = 500, 4
-    owners: list[Descriptor] = []
-    errors: list[OSError] = []
-    turn = threading.Barrier(threads, lambda: owners.append(Descriptor.duplicate(0)))
-
-    def close() -> None:
-        for number in range(tries):
-            turn.wait()
-            try:
-                owners[number].close()
-            except OSError as error:
-                errors.append(error)
-
-    workers = [threading.Thread(target=close) for _ in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not errors
-    assert not any(owner.is_open for owner in owners)
 
 
 def test_with() -> None:
