@@ -49,6 +49,7 @@ HANG_S = 1.0
 
 PYTHON, NATIVE, PROCESS, INLINE = "Python thread", "native", "process", "inline"
 COLUMNS = [PYTHON, NATIVE, PROCESS, INLINE]
+WITHOUT_GIL = "Python thread, no GIL"
 
 Action = Callable[[Region, mmap.mmap], None]
 ACTIONS: dict[str, Action] = {}
@@ -254,7 +255,7 @@ HANGING = [(row, column) for row in TABLE for column in COLUMNS if TABLE[row][co
 
 def test_the_table_has_every_row_and_column() -> None:
     assert list(TABLE) == list(ACTIONS)
-    assert {tuple(cells) for cells in TABLE.values()} == {tuple(COLUMNS)}
+    assert {tuple(cells) for cells in TABLE.values()} == {(PYTHON, WITHOUT_GIL, *COLUMNS[1:])}
 
 
 @needs(Feature.SIGBUS | Feature.EVENT_FORK | Feature.EVENT_REMOVE)
@@ -293,15 +294,21 @@ def test_a_wait_without_the_gil_ends_too() -> None:
     assert "has not answered in time" in result.stderr
 
 
-# Whatever stops all threads waits for one that is in Python code, and so in a page fault.
-STOPS_ALL = "`os.fork()` with `EVENT_FORK`"
-FREE = [row for row, column in HANGING if row != STOPS_ALL]
+@needs_gil(there=False)
+@needs(Feature.EVENT_FORK | Feature.EVENT_REMOVE)
+def test_what_works_without_the_gil() -> None:
+    rows = [row for row, cells in TABLE.items() if cells[WITHOUT_GIL] == "works"]
+    assert run_child(measure, PYTHON, rows, budget_s=30).value == dict.fromkeys(rows, "works")
 
 
 @needs_gil(there=False)
-def test_what_works_without_the_gil() -> None:
-    expected = dict.fromkeys(FREE, "works")
-    assert run_child(measure, PYTHON, FREE, budget_s=30).value == expected
+@needs(Feature.EVENT_FORK)
+@pytest.mark.parametrize(
+    "row", [row for row, cells in TABLE.items() if cells[WITHOUT_GIL] == "hangs"]
+)
+def test_what_hangs_without_the_gil(row: str) -> None:
+    result = run_child(measure, PYTHON, [row], budget_s=HANG_S, expect="timeout")
+    assert result.stdout == f"{row}\n"
 
 
 def stopping_all(row: str) -> None:
@@ -316,9 +323,10 @@ def stopping_all(row: str) -> None:
         measure(PYTHON, [row])
 
 
+# Whatever stops all threads waits for one that is in Python code, and so in a page fault.
 @needs_gil(there=False)
 @needs(Feature.EVENT_FORK)
-@pytest.mark.parametrize("row", [*FREE, STOPS_ALL])
-def test_what_hangs_without_the_gil(row: str) -> None:
+@pytest.mark.parametrize("row", [row for row, column in HANGING if column == PYTHON])
+def test_what_hangs_if_the_loop_stops_all_threads(row: str) -> None:
     result = run_child(stopping_all, row, budget_s=HANG_S, expect="timeout")
     assert result.stdout == f"{row}\n"
