@@ -28,7 +28,10 @@ ROOT = Path(__file__).resolve().parent.parent
 DIST = ROOT / "dist"
 # A run that uses the compiled module, a handler and the command.
 SMOKE = """
+import sys, sysconfig
 import pyuffd
+# A module that does not declare that it needs no GIL turns it on.
+assert not (sysconfig.get_config_var("Py_GIL_DISABLED") and sys._is_gil_enabled())
 with pyuffd.lazy(b"hello" * 1000, user_mode_only=True) as memory:
     assert memory.memoryview()[:5] == b"hello"
     assert memory.handler.driver == "native"
