@@ -41,8 +41,12 @@ class RangeModes:
     @property
     def span(self) -> tuple[int, int] | None:
         """The first start and the last end, or None without a range."""
-        rows = self.rows()
-        return (rows[0][0], rows[-1][1]) if rows else None
+        with _lock.now:
+            while True:
+                changes = self._changes
+                first, last = self._rows[:1], self._rows[-1:]
+                if self._changes == changes:
+                    return (first[0][0], last[0][1]) if first else None
 
     def copy(self) -> RangeModes:
         """Return an independent copy."""

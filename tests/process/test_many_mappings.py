@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pyuffd import DirtyTracker, Process, Snapshot, _dirty_calls, write_core
+from pyuffd._range_modes import RangeModes
 from pyuffd.snapshot import _capture
 from pyuffd.snapshot._capture import Used
 from tests.process._core import PAGE, Core
@@ -182,6 +183,39 @@ def test_mappings_that_are_new_in_the_stop(
             assert read(snapshot.read, count) == expected(count)
             assert read(lambda at, n: snapshot.read(at + (1 << 40), n), count) == expected(count)
         return done
+
+    check_growth(of)
+
+
+class Rows(list[Any]):
+    """Counts the rows that are read in slices and copies."""
+
+    read = 0
+
+    def __getitem__(self, where: Any) -> Any:
+        found = super().__getitem__(where)
+        Rows.read += len(found) if isinstance(where, slice) else 1
+        return found
+
+    def copy(self) -> list[Any]:
+        return list(self[:])
+
+
+def test_opening_and_closing_a_tracker(monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = RangeModes.__init__
+
+    def counting(modes: RangeModes) -> None:
+        begin(modes)
+        modes._rows = Rows()
+
+    monkeypatch.setattr(RangeModes, "__init__", counting)
+
+    def of(count: int) -> int:
+        with many("anonymous", count) as (process, _):
+            before = Rows.read
+            with DirtyTracker(process):
+                pass
+            return Rows.read - before
 
     check_growth(of)
 
