@@ -72,6 +72,34 @@ def test_time_does_not_grow_with_their_number() -> None:
     assert times < 3 * many / few  # quadratic time would be the square of that
 
 
+class Counted:
+    """Counts comparisons with others."""
+
+    compared = 0
+
+    def __eq__(self, other: object) -> bool:
+        Counted.compared += 1
+        return self is other
+
+    def __hash__(self) -> int:
+        return object.__hash__(self)
+
+
+def test_many_purposes_of_one_span() -> None:
+    """As if thousands of ranges were served from one buffer: none is compared with all others."""
+    spans: Spans[Counted] = Spans()
+    all_of_them = [Counted() for _ in range(1_000)]
+    before = Counted.compared
+    for one in all_of_them:
+        assert (spans.find(0, 1) is None) is (one is all_of_them[0])
+        spans.add(0, 10, one)
+    assert [*spans] == spans.within(5, 1) == all_of_them
+    for one in all_of_them[::2]:
+        spans.remove(0, 10, one)
+    assert Counted.compared - before < len(all_of_them)
+    assert spans.within(5, 1) == all_of_them[1::2]
+
+
 class Meddling:
     """What changes the spans while they are compared, as a signal handler may."""
 
@@ -82,7 +110,8 @@ class Meddling:
         self._change()
         return self is other
 
-    __hash__ = None  # type: ignore[assignment]
+    def __hash__(self) -> int:
+        return hash("second")  # it is compared with this one
 
 
 @pytest.mark.parametrize("inner", ["add", "remove", "add longer", "remove all"])

@@ -74,7 +74,8 @@ class Spans(Generic[T]):
 
     def __init__(self) -> None:
         self._lists: dict[int, list[tuple[int, int]]] = {}
-        self._known: dict[tuple[int, int], list[T]] = {}
+        # Thousands of ranges may be served from one buffer: each span has its purposes in a dict.
+        self._known: dict[tuple[int, int], dict[T, None]] = {}
         self._changes = 0
 
     def add(self, start: int, length: int, what: T) -> None:
@@ -83,13 +84,17 @@ class Spans(Generic[T]):
         spans = self._lists.setdefault(length.bit_length(), [])
         while True:
             changes = self._changes
-            users = self._known.get(span, [])
-            if what in users:
+            users = self._known.get(span)
+            if users is not None and what in users:
                 return
             at = bisect_left(spans, span)
-            new, more = [] if users else [span], [*users, what]
             if self._changes == changes:
-                self._changes, spans[at:at], self._known[span] = changes + 1, new, more
+                # Without a call no signal handler runs in between.
+                self._changes = changes + 1
+                if users is None:
+                    spans[at:at], self._known[span] = [span], {what: None}
+                else:
+                    users[what] = None
                 return
 
     def remove(self, start: int, length: int, what: T) -> None:
@@ -98,28 +103,34 @@ class Spans(Generic[T]):
         spans = self._lists.get(length.bit_length(), [])
         while True:
             changes = self._changes
-            users = self._known.get(span, [])
-            if what not in users:
+            users = self._known.get(span)
+            if users is None or what not in users:
                 return
-            at = users.index(what)
-            left = users[:at] + users[at + 1 :]
             at = bisect_left(spans, span)
             if self._changes == changes:
-                self._changes, self._known[span] = changes + 1, left
-                if not left:
+                self._changes = changes + 1
+                del users[what]
+                if not users:
                     del spans[at], self._known[span]
                 return
 
     def find(self, start: int, length: int) -> T | None:
         """Return the purpose of the first span that reaches into [start, start + length)."""
-        return next(iter(self.within(start, length)), None)
+        while True:
+            changes = self._changes
+            span = next(self._reaching(start, start + length), None)
+            users = None if span is None else self._known.get(span)
+            if self._changes == changes:
+                for what in users or ():
+                    return what
+                return None
 
     def within(self, start: int, length: int) -> list[T]:
         """Return the purposes of the spans that reach into [start, start + length)."""
         while True:
             changes = self._changes
             spans = [*self._reaching(start, start + length)]
-            users = [self._known.get(span, []) for span in spans]
+            users = [list(self._known.get(span, ())) for span in spans]
             if self._changes == changes:
                 return list(chain.from_iterable(users))
 
@@ -133,10 +144,11 @@ class Spans(Generic[T]):
         return bool(self._known)
 
     def __iter__(self) -> Iterator[T]:
-        return chain.from_iterable(list(self._known.values()))
+        for users in list(self._known.values()):
+            yield from list(users)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # compared and hashed without a call of Python
 class Use:
     """Memory of this process that the engine reads or writes for a served range."""
 
