@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import pathlib
+import tempfile
 import threading
 import time
 from contextlib import suppress
@@ -19,9 +21,11 @@ from pyuffd import (
     Handler,
     PageSource,
     PageState,
+    RangeBusyError,
     Region,
     RegisterMode,
     UffdError,
+    UffdOSError,
     Userfaultfd,
     ZeroSource,
 )
@@ -98,6 +102,56 @@ def dropped(driver: Driver, name: str) -> None:
 
 
 test_dropped = everywhere(dropped, "anon", "shmem", "hugetlb", "hugetlb-private")
+
+
+def drops_nothing_in_vain(driver: str, started: bool) -> None:
+    """What cannot be served in the end keeps its content: files, and memory of others."""
+    features = Feature.SIGBUS if driver == "inline" else Feature.EVENT_REMOVE
+    lacking: dict[str, Any] = {"mode": MISSING | RegisterMode.MINOR}
+    with (
+        tempfile.NamedTemporaryFile(dir=pathlib.Path(__file__).parent) as file,
+        Userfaultfd(features=features) as uffd,
+        Userfaultfd(features=Feature.EVENT_REMOVE) as other,
+        Handler(uffd, driver=driver, autostart=started) as handler,  # type: ignore[arg-type]
+    ):
+        file.write(bytes([1]) * 3 * PAGE)
+        file.flush()
+        shared, private = Region.memfd(3 * PAGE), Region.anonymous(3 * PAGE)
+        ordinary, here = Region.file(file.name), Region.memfd(3 * PAGE)
+        anonymous = Region.anonymous(3 * PAGE)
+        for region in (shared, private, here, anonymous):
+            region.fill(1)
+        for region in (shared, private):
+            other.register(region, mode=MISSING)
+        rows: list[tuple[Region, type[Exception], dict[str, Any]]] = [
+            (shared, RangeBusyError, {}),
+            (private, RangeBusyError, {}),
+            (anonymous, UffdOSError, lacking),
+            (ordinary, UffdOSError, {}),
+            (Region.at(ordinary.start, ordinary.length), UffdOSError, {}),
+        ]
+        for region, error, arguments in rows:
+            source = CallableSource(partial(same, 2)) if driver == "process" else b"2" * 3 * PAGE
+            with pytest.raises(error):
+                handler.serve(region, source, present="drop", **arguments)
+            assert region.read() == bytes([1]) * region.length
+            assert not uffd._has_registered(region.start, region.start + region.length)
+        assert other.read_events() == []
+        # Nor is it recommended to drop an ordinary file.
+        for region in (ordinary, Region.at(ordinary.start, ordinary.length)):
+            for _ in range(2):
+                with pytest.raises(UffdOSError, match="an ordinary file"):
+                    handler.serve(region, source)
+                region.touch()
+        handler.serve(here, source, present="drop")
+        if started:
+            assert here.read(PAGE, 1) in (b"2", bytes([2]))
+
+
+@pytest.mark.parametrize("started", [True, False], ids=["started", "not-started"])
+@pytest.mark.parametrize("driver", ["native", "inline", "thread", "process"])
+def test_drops_nothing_in_vain(driver: str, started: bool) -> None:
+    run_child(drops_nothing_in_vain, driver, started)
 
 
 def same(value: int, _offset: int, length: int) -> bytes:

@@ -89,7 +89,6 @@ def _comes_back(region: Region) -> bool:
 def settle_present(
     present: Present | None,
     region: RangeLike,
-    uffd: Userfaultfd,
     mode: RegisterMode,
     pagemap: Pagemap | None = None,
 ) -> None:
@@ -99,9 +98,10 @@ def settle_present(
     """
     if present == "drop":
         assert isinstance(region, Region)
-        _check_drop(region, uffd)
         _drop(region)
     if present == "refuse" and (first := _first_there(region, pagemap)):
+        if _is_ordinary_file(region):
+            return  # UFFDIO_REGISTER says what is wrong; its pages must not be dropped
         pages = _there(region).pages(region.page_size if isinstance(region, Region) else 4096)
         raise ValueError(
             f"{counted(pages, 'page')} of [{region.start:#x}, +{region.length:#x})"
@@ -127,7 +127,7 @@ def _refuse_cached(region: Region) -> None:
         for vma in _file_mappings(region.start, region.length):
             if not _has_pages(vma, region.start, region.length):
                 continue
-            if not is_ordinary_file(vma):  # else UFFDIO_REGISTER says what is wrong
+            if not is_ordinary_file(vma):  # as above
                 raise _cached_error(region)
         return
     if fd is None or region.kind not in FILE_BACKED:
@@ -139,7 +139,14 @@ def _refuse_cached(region: Region) -> None:
     is_whole = start == 0 and end >= status.st_size
     if not is_whole and (region.page_size > PAGE_SIZE or not _has_data(fd, start, end)):
         return
+    if _is_ordinary_file(region):
+        return
     raise _cached_error(region)
+
+
+def _is_ordinary_file(region: RangeLike) -> bool:
+    end = region.start + region.length
+    return any(is_ordinary_file(vma) for vma in _vmas.overlapping(region.start, end))
 
 
 def _cached_error(region: Region) -> ValueError:
@@ -225,6 +232,22 @@ def _has_data(fd: int, start: int, end: int) -> bool:
             return os.lseek(file.number, start, os.SEEK_DATA) < end
         except OSError:  # ENXIO: none from there on
             return False
+
+
+def try_to_register(
+    region: RangeLike, uffd: Userfaultfd, mode: RegisterMode, granted: Granted
+) -> None:
+    """Register memory of this process, and unregister it again, before its pages are dropped.
+
+    What cannot be registered (an ordinary file, memory of another userfaultfd) keeps its content.
+    A thread that touches it in between goes on with zeros, as before this.
+    """
+    assert isinstance(region, Region)
+    _check_drop(region, uffd)
+    was_registered = uffd._has_registered(region.start, region.start + region.length)
+    uffd.register(region.start, region.length, mode=mode, granted=granted)
+    if not was_registered:
+        uffd.unregister(region)
 
 
 def register_empty(

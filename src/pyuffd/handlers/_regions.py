@@ -35,6 +35,7 @@ from pyuffd.handlers._present import (
     open_pagemap,
     register_empty,
     settle_present,
+    try_to_register,
 )
 from pyuffd.handlers._serving import (
     OnClose,
@@ -228,11 +229,31 @@ class ServesRegions(Unserves):
             self._overlaps.check(memory)
             # The inline driver must know the range first: its faults do not wait.
             answers_at_once = self.driver == "inline" and self._started
+            spec = RangeSpec(
+                space,
+                start,
+                length,
+                page_size,
+                mode,
+                content,
+                local=local_start,
+                local_file=file,
+                preserve=sink,
+                writes_cache=bool(writes_cache),
+                maps_holes=maps_holes(region, uffd, mode, self._owners.of(uffd)),
+                shared=is_shared(region, local, uffd, self._owners.of(uffd)),
+                owner=(borrowed, local, region),
+                label=label_of(region, source),
+            )
             if (space, start) not in self._served:
                 if policy == "drop":
                     self._overlaps.check_drop(start, length)
                     self._overlaps.check_elsewhere(memory, start, length, "present='drop'")
-                settle_present(policy, region, uffd, mode, self._pagemap)
+                    tried = engine.add(spec) if answers_at_once else None
+                    try_to_register(region, uffd, mode, granted)
+                    if tried is not None:
+                        engine.unserve(tried, seal=False)
+                settle_present(policy, region, mode, self._pagemap)
                 if policy == "drop" and not answers_at_once:
                     register_empty(region, uffd, mode, granted, started=self._started)
             if self._started and self.driver == "inline" and ensure_inline_handler():
@@ -240,24 +261,7 @@ class ServesRegions(Unserves):
                     "pyuffd: another SIGBUS handler had replaced ours, which is back on top"
                 )
             served = Served(
-                engine.add(
-                    RangeSpec(
-                        space,
-                        start,
-                        length,
-                        page_size,
-                        mode,
-                        content,
-                        local=local_start,
-                        local_file=file,
-                        preserve=sink,
-                        writes_cache=bool(writes_cache),
-                        maps_holes=maps_holes(region, uffd, mode, self._owners.of(uffd)),
-                        shared=is_shared(region, local, uffd, self._owners.of(uffd)),
-                        owner=(borrowed, local, region),
-                        label=label_of(region, source),
-                    )
-                ),
+                engine.add(spec),
                 page_size,
                 mode,
                 region,
