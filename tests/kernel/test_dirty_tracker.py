@@ -397,6 +397,38 @@ def test_a_userfaultfd_and_its_ranges() -> None:
             other.unregister(region)
 
 
+def test_two_trackers_with_one_userfaultfd() -> None:
+    """Of a page that both protect, only the first to ask would learn that it was written."""
+    features = Feature.WP_ASYNC | Feature.WP_UNPOPULATED
+    with Userfaultfd(features=features) as uffd, Region.anonymous(4 * PAGE) as region:
+        with DirtyTracker(uffd, [region[: 2 * PAGE]]) as tracker:
+            with pytest.raises(RangeBusyError) as caught:
+                DirtyTracker(uffd, [region])
+            assert (caught.value.start, caught.value.length) == (region.start, 2 * PAGE)
+            with DirtyTracker(uffd, [region[2 * PAGE :]]) as other:
+                region.write(PAGE, b"x")
+                region.write(3 * PAGE, b"x")
+                assert pages(region, other.collect().written) == [3]
+            assert pages(region, tracker.collect().written) == [1]
+        with DirtyTracker(uffd, [region]) as tracker:  # the first one is closed
+            region.write(0, b"x")
+            assert pages(region, tracker.collect().written) == [0]
+
+
+@needs_kernel_faults()
+@pytest.mark.parametrize("method", ["wp-async", "wp-sync"])
+def test_a_userfaultfd_that_is_closed_first(method: Any) -> None:
+    """Nothing is registered then, and close() hides no exception of the block."""
+    features = Feature.WP_UNPOPULATED
+    features |= Feature.WP_ASYNC if method == "wp-async" else Feature.PAGEFAULT_FLAG_WP
+    with Userfaultfd(features=features) as uffd, Region.anonymous(4 * PAGE) as region:
+        with DirtyTracker(uffd, [region], method=method) as tracker:
+            uffd.close()
+            with pytest.raises(ClosedError):
+                tracker.collect()
+        assert tracker.closed
+
+
 @needs_kernel_faults()
 def test_a_userfaultfd_without_async_is_served() -> None:
     features = Feature.PAGEFAULT_FLAG_WP | Feature.WP_UNPOPULATED
@@ -437,6 +469,19 @@ BAD: list[tuple[Any, dict[str, Any], type[Exception]]] = [
 def test_bad_targets(target: Any, options: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
         DirtyTracker(target, **options)
+
+
+def test_targets_that_are_no_memory() -> None:
+    """Their items are no ranges; the error tells what a target is."""
+    with pytest.raises(TypeError, match=r"target must be .* make Process\(5\)"):
+        DirtyTracker(5)  # type: ignore[arg-type]
+    for target in (True, None, "self", b"x", bytearray(PAGE), 1.5, Region, object()):
+        with pytest.raises(TypeError, match="target must be"):
+            DirtyTracker(target)  # type: ignore[arg-type]
+    with open("/proc/self/stat") as file:
+        with pytest.raises(TypeError, match="target must be"):
+            DirtyTracker(file)  # type: ignore[arg-type]
+        assert file.read(1)  # it was not read
 
 
 def test_bad_options() -> None:

@@ -14,7 +14,7 @@ from pyuffd import _dirty_calls as calls
 from pyuffd._abi import USER_MODE_ONLY, Feature, PageCategory, RegisterMode
 from pyuffd._diagnose import unexplained
 from pyuffd._dirty_calls import Backing, Track
-from pyuffd._errors import UffdOSError
+from pyuffd._errors import ClosedError, UffdOSError
 from pyuffd._opening import probe_api
 from pyuffd._pages import HUGE_PAGE_2M, PAGE_SIZE
 from pyuffd._uffd import Userfaultfd
@@ -369,8 +369,8 @@ class AsyncMethod:
     def close(self) -> None:
         """Unregister what was registered, for a userfaultfd that stays open."""
         for run in self._runs(self._rows):
-            # ENOENT, EINVAL, ENOMEM: unmapped since, or its process is gone.
-            with suppress(UffdOSError), unexplained():
+            # ENOENT, EINVAL, ENOMEM: unmapped since, or its process is gone. Closed: by its owner.
+            with suppress(UffdOSError, ClosedError), unexplained():
                 self._uffd_of(run[0]).unregister(run[0].start, run[-1].end - run[0].start)
         if self._watch:
             self._watch.close()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from pyuffd import _dirty_calls as calls
+from pyuffd._arguments import shown
 from pyuffd._dirty_calls import Backing, Track
 from pyuffd._pages import RangeLike, check_range, page_size_of, resolve_range
 from pyuffd.remote._mappings import Mapping, MappingKind, Mappings, clipped
@@ -16,6 +20,9 @@ DENSE_BYTES = 64 << 20
 DENSE_PART = 4
 
 Span = tuple[int, int]
+
+# Their items, if they have any, are no ranges: bytes are numbers, and a file's are its lines.
+_NO_RANGES = (str, bytes, bytearray, memoryview, int, os.PathLike, io.IOBase)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +95,23 @@ def spans_of(ranges: Iterable[RangeLike], purpose: str) -> list[Span]:
     return merged(found)
 
 
+def spans_of_target(target: object, purpose: str) -> list[Span]:
+    """Return the ranges of memory of this process that a target is: one, or several.
+
+    Raises:
+        TypeError: it is neither memory nor anything else that a target may be.
+    """
+    is_one = hasattr(target, "length") and not isinstance(target, type)
+    if is_one:
+        return spans_of([cast(RangeLike, target)], purpose)
+    if isinstance(target, _NO_RANGES) or not isinstance(target, Iterable):
+        hint = f": of a process id, make Process({target})" if type(target) is int else ""
+        raise TypeError(
+            f"target must be a Process, memory, or a Userfaultfd, not {shown(target)}{hint}"
+        )
+    return spans_of(target, purpose)
+
+
 def merged(spans: Iterable[Span]) -> list[Span]:
     """Return sorted spans; those that touch or overlap become one."""
     result: list[Span] = []
@@ -97,6 +121,14 @@ def merged(spans: Iterable[Span]) -> list[Span]:
         else:
             result.append((start, end))
     return result
+
+
+def common(one: Iterable[Span], other: Iterable[Span]) -> Iterator[Span]:
+    """Yield what is in both."""
+    for first, last in one:
+        for start, end in other:
+            if max(first, start) < min(last, end):
+                yield max(first, start), min(last, end)
 
 
 def packed(spans: Iterable[Span]) -> memoryview:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Literal, Protocol
@@ -15,7 +17,7 @@ from pyuffd._abi import Feature
 from pyuffd._arguments import shown
 from pyuffd._closing import Closing
 from pyuffd._dropped import close_dropped
-from pyuffd._errors import ClosedError, UffdError, UnsupportedFeatureError
+from pyuffd._errors import ClosedError, UffdError, UnsupportedFeatureError, raise_errno
 from pyuffd._latch import is_held_here
 from pyuffd._pages import RangeLike
 from pyuffd._uffd import Userfaultfd
@@ -35,6 +37,12 @@ _METHODS = ("auto", "wp-async", "wp-sync")
 _BEGINS_S = 0.002
 # PM_SCAN and WP_ASYNC came together, so one of them tells.
 _NO_ASYNC = "this kernel has no Feature.WP_ASYNC (Linux 6.7), which PAGEMAP_SCAN needs"
+
+
+_Claims = weakref.WeakKeyDictionary["DirtyTracker", Sequence[_rows.Span]]
+# What the trackers of a userfaultfd track with it, until they are closed.
+_claims: weakref.WeakKeyDictionary[Userfaultfd, _Claims] = weakref.WeakKeyDictionary()
+_claims_lock = threading.RLock()
 
 
 class _Method(Protocol):
@@ -84,6 +92,8 @@ class DirtyTracker(Closing):
         ValueError: a target without ranges that needs them, a bad range, wp-sync with a
             userfaultfd of USER_MODE_ONLY (system calls of the target would fail, or kill it), or
             watch_drops with a userfaultfd of others.
+        TypeError: a target that is none of these; of a process id, make a `Process`.
+        RangeBusyError: EBUSY - another tracker of the same `Userfaultfd` has a part of the ranges.
         UnsupportedFeatureError: the method that was asked for, or EVENT_REMOVE, is not on this
             kernel.
 
@@ -129,6 +139,7 @@ class DirtyTracker(Closing):
             process, uffd, scope = self._parts(target, ranges, method, stack)
             self._process = process
             self._uffd = uffd
+            self._scope = scope
             watch = self._watch(target, stack) if watch_drops else None
             self._method = self._made(process, uffd, scope, watch)
             stack.callback(self._method.close)
@@ -157,16 +168,39 @@ class DirtyTracker(Closing):
                     f"{target!r} does not say whose memory it governs: set owner_pid first"
                 )
             self.method, self.reason = _chosen(method, target.features, of_uffd=True)
-            process = stack.enter_context(Process(target.owner_pid))
-            return process, target, _rows.spans_of(ranges, "track")
+            scope = _rows.spans_of(ranges, "track")
+            stack.callback(self._leave, target)
+            self._claim(target, scope)
+            return stack.enter_context(Process(target.owner_pid)), target, scope
         if ranges is not None:
             raise ValueError("ranges= goes with a Userfaultfd or a Process")
-        several = [target] if hasattr(target, "length") else target
-        scope = _rows.spans_of(several, "track")  # type: ignore[arg-type]
+        scope = _rows.spans_of_target(target, "track")
         self.method, self.reason = _chosen(method, _async.supported())
         process = stack.enter_context(Process(os.getpid()))
         uffd = stack.enter_context(_own_uffd(self.method))
         return process, uffd, scope
+
+    def _claim(self, uffd: Userfaultfd, scope: Sequence[_rows.Span]) -> None:
+        """Note what is tracked with a userfaultfd; of two trackers each would miss writes."""
+        with _claims_lock:
+            claims = _claims.setdefault(uffd, weakref.WeakKeyDictionary())
+            for spans in claims.values():
+                for start, end in _rows.common(spans, scope):
+                    raise_errno(
+                        "track",
+                        errno.EBUSY,
+                        start,
+                        end - start,
+                        hint="another tracker has it, with the same userfaultfd; of a page that"
+                        " both protect, only the first to ask would learn that it was written",
+                    )
+            claims[self] = scope
+
+    def _leave(self, uffd: Userfaultfd) -> None:
+        with _claims_lock:
+            claims = _claims.get(uffd)
+            if claims is not None:
+                claims.pop(self, None)
 
     def _watch(self, target: object, stack: ExitStack) -> DropWatch | None:
         """Return a watch. It has a userfaultfd of its own, so that only drops that need it wait."""

@@ -6,10 +6,8 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import cast
 
 from pyuffd._abi import Feature
-from pyuffd._arguments import shown
 from pyuffd._pages import RangeLike
 from pyuffd._uffd import Userfaultfd
 from pyuffd.dirty import DirtyTracker, _rows
@@ -37,14 +35,8 @@ def resolved(target: Target, request: Request) -> Iterator[tuple[Process | None,
     else:
         if request.scope is not None:
             raise ValueError("ranges: the target is ranges of memory itself")
-        if isinstance(target, str | bytes | int | os.PathLike):
-            hint = f": of a process id, make Process({target})" if isinstance(target, int) else ""
-            raise TypeError(
-                f"target must be a Process, memory, or a Userfaultfd, not {shown(target)}{hint}"
-            )
-        is_one = isinstance(target, Region) or not isinstance(target, Iterable)
-        items = [cast(RangeLike, target)] if is_one else cast("Iterable[RangeLike]", target)
-        yield _of_process(None, replace(request, scope=_rows.spans_of(items, TAKING)))
+        spans = _rows.spans_of_target(target, TAKING)
+        yield _of_process(None, replace(request, scope=spans))
 
 
 def _of_process(process: Process | None, request: Request) -> tuple[Process | None, Request]:
