@@ -131,18 +131,20 @@ class HandlerBase(SoleOwner):
         """Whether the handler must stop before its userfaultfd may be closed."""
         return self._engine is not None and self._pid == os.getpid()
 
-    def _forget(self, served: Served, *, is_held: bool = False) -> None:
+    def _forget(self, served: Served, *, is_held: bool = False, stays: bool = False) -> None:
         """Release what belongs to a range that is no longer served; may be called again.
 
         The caller then lets go what was borrowed. What a thread that is left behind (`is_held`) may
-        use stays.
+        use stays. What may stay registered (`stays`) is watched: a thread that waits there, or for
+        the event of its unmapping, is reported.
         """
         if not self._serves(served):
             return
         for memory in served.memory:
             self._overlaps.remove(memory)
-        for start, length in served.spans():
-            served.uffd._note_unregistered(start, length)
+        if not stays:
+            for start, length in served.spans():
+                served.uffd._note_unregistered(start, length)
         served.is_held = is_held
         if served.alias is not None and not is_held:
             served.alias.close()

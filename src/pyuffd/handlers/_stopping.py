@@ -166,7 +166,8 @@ class Stops(HandlerBase):
             self._final_failure = known_failure(failure, source_failure)
             at_work = {one.number for one in ended.held if not one.is_request}
             for served in all_served:
-                self._forget(served, is_held=served.id.number in at_work)
+                is_held = served.id.number in at_work
+                self._forget(served, is_held=is_held, stays=ended.stays)
             engine.destroy()
         finally:
             if isinstance(engine, Engine) and not engine.life.free_if_deserted():
