@@ -20,6 +20,7 @@ from pyuffd import (
     ClosedError,
     DirtyTracker,
     Feature,
+    MappingKind,
     PageBit,
     Process,
     Region,
@@ -1172,3 +1173,42 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < give_up
         time.sleep(0.01)
+
+
+def test_a_tracker_of_other_memory(program: str, tmp_path: Path) -> None:
+    """What such a tracker does not see would be missing, or taken for unchanged."""
+    with (
+        counters(program, 1, 16, "s") as target,
+        counters(program, 1, 16, "s") as other,
+        Process(target.pid) as process,
+        Process(other.pid) as stranger,
+        DirtyTracker(stranger) as strange,
+    ):
+        with pytest.raises(ValueError, match=f"does not track process {target.pid}"):
+            take(process, tmp_path / "1", tracker=strange)
+        whole = [m for m in process.mappings() if m.kind is MappingKind.ANONYMOUS]
+        part = whole[:1]
+        with DirtyTracker(process, part) as tracker:
+            with pytest.raises(ValueError, match="tracks parts"):
+                take(process, tmp_path / "1", tracker=tracker)
+            with pytest.raises(ValueError, match="does not track all"):
+                take(process, tmp_path / "1", ranges=whole, tracker=tracker)
+            take(process, tmp_path / "1", ranges=part, tracker=tracker)
+        with pytest.raises(ClosedError):
+            take(process, tmp_path / "2", ranges=part, tracker=tracker)
+        with pytest.raises(TypeError, match="must be a DirtyTracker"):
+            take(process, tmp_path / "2", tracker="1")
+        with pytest.raises(TypeError, match="must be a function"):
+            take(process, tmp_path / "2", progress="print")
+        unharmed(target)
+    assert os.listdir(tmp_path) == ["1"]
+
+
+def test_a_process_that_has_ended(program: str, tmp_path: Path) -> None:
+    with counters(program, 1, 16, "s") as target, Process(target.pid) as process:
+        os.kill(target.pid, signal.SIGKILL)
+        wait_until(lambda: not process.is_running)
+        with pytest.raises(SnapshotError) as caught:
+            take(process, tmp_path / "1")
+        assert caught.value.reason == "ended"
+    assert not os.listdir(tmp_path)

@@ -101,6 +101,10 @@ def checked(
         raise ValueError(f"method {shown(method)} is not one of {', '.join(METHODS)}")
     if shared not in SHARED_WAYS:
         raise ValueError(f"shared {shown(shared)} is not one of {', '.join(SHARED_WAYS)}")
+    if tracker is not None and not isinstance(tracker, DirtyTracker):
+        raise TypeError(f"tracker must be a DirtyTracker, not {shown(tracker)}")
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress must be a function, not {shown(progress)}")
     if tracker is not None and (method not in ("auto", "precopy") or tracker.method != "wp-async"):
         raise ValueError("tracker: needs method='precopy' or 'auto', and one that is wp-async")
     check_rate(rate)

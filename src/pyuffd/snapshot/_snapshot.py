@@ -117,6 +117,7 @@ class Snapshot(Opened):
             tracker: With `parent`, only what this tracker reports is read: the time needed follows
                 the pages written. The parent must be the last snapshot that was taken with the
                 tracker. Without `parent`, the tracker reports what is written from the instant on.
+                It must track all that is saved.
             max_stall_s: If the process would be stopped for longer, or a thread of it would wait
                 longer for a page, the snapshot ends instead. That is estimated before the stop,
                 and checked between its steps; `pause_s` tells how long it was.
@@ -129,7 +130,9 @@ class Snapshot(Opened):
             progress: Called now and then.
 
         Raises:
-            ValueError: bad arguments; a userfaultfd without `ranges`, a tracker of this process.
+            ValueError: bad arguments; a userfaultfd without `ranges`, a tracker of this process, of
+                another than the target, or of a part of what is to be saved.
+            ClosedError: the tracker is closed.
             FileExistsError: EEXIST - there is something with this name.
             HelperLostError: the helper process could not start, or was killed.
             SnapshotError: "busy", "shared", "stalled", "parent", "ended"; see there.

@@ -27,6 +27,19 @@ from pyuffd.snapshot._request import MAX_STALL_S, Request, SnapshotReport
 
 def take(process: Process, request: Request) -> SnapshotReport:
     """Write a snapshot; see `Snapshot.take`."""
+    _check_tracker(request, process)
+    try:
+        process.check()
+        return _taken(process, request)
+    except (ProcessGoneError, FileNotFoundError, ProcessLookupError) as error:
+        if process.is_running:
+            raise
+        raise SnapshotError(
+            "ended", f"process {process.pid} has exited, or replaced its memory (execve)"
+        ) from error
+
+
+def _taken(process: Process, request: Request) -> SnapshotReport:
     begin = time.perf_counter()
     with ExitStack() as stack:
         stack.enter_context(only_one(process))
@@ -57,12 +70,8 @@ def take(process: Process, request: Request) -> SnapshotReport:
             report = finish(
                 identity, layout, directory, request, captured, reason, parent, begin, in_stop.notes
             )
-        except BaseException as error:
+        except BaseException:
             _put_back(request.tracker, captured, since)
-            if isinstance(error, ProcessGoneError):
-                raise SnapshotError(
-                    "ended", f"process {process.pid} has exited, or replaced its memory (execve)"
-                ) from error
             raise
         if request.tracker is not None:
             request.tracker._snapshot = directory.id
@@ -84,6 +93,25 @@ def _put_back(tracker: DirtyTracker | None, captured: Captured | None, since: st
     if captured is not None and captured.changes is not None:
         tracker._put_back(captured.changes)
     tracker._snapshot = since
+
+
+def _check_tracker(request: Request, process: Process) -> None:
+    """Raise ValueError for a tracker that does not see all of the memory, or sees other memory."""
+    tracker = request.tracker
+    if tracker is None:
+        return
+    tracker._check_open()
+    if tracker._process.pid != process.pid:
+        raise ValueError(
+            f"tracker: {tracker!r} does not track process {process.pid}, of which the snapshot is"
+        )
+    if tracker._scope is None:
+        return
+    if request.scope is None:
+        raise ValueError("tracker: it tracks parts of the memory: give the same ranges=")
+    for start, end in request.scope:
+        if not any(first <= start and end <= last for first, last in tracker._scope):
+            raise ValueError(f"tracker: it does not track all of [{start:#x}, {end:#x})")
 
 
 def _check_parent(parent: Image, process: Process, tracker: DirtyTracker | None) -> None:
