@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -232,6 +234,16 @@ def test_refuses(tmp_path: Path, name: str) -> None:
     with pytest.raises(CriuError) as caught:
         Images(tmp_path)
     assert caught.value.reason == "image"
+    # While the traceback is alive.
+    assert not [path for path in open_files() if path.startswith(str(tmp_path))]
+
+
+def open_files() -> list[str]:
+    found = []
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # the listing's own
+            found.append(os.readlink(link))
+    return found
 
 
 def test_each_cut_file_is_refused_or_an_error(tmp_path: Path) -> None:

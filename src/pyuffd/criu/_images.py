@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 
 from pyuffd._arguments import check_path
@@ -100,12 +100,13 @@ class Images:
         self.tasks: dict[int, TaskImage] = {}
         digest = hashlib.sha256()
         path = os.path.join(self.folder, "pstree.img")
-        for data in records(path, PSTREE_MAGIC):
-            digest.update(data)
-            pid = parsed(path, data, _schema.PstreeEntry).pid
-            if not 0 < pid <= MOST_TASKS or pid in self.tasks:
-                raise CriuError("image", f"{path}: process {pid} cannot be, or is there twice")
-            self.tasks[pid] = self._read_task(pid, digest)
+        with closing(records(path, PSTREE_MAGIC)) as found:
+            for data in found:
+                digest.update(data)
+                pid = parsed(path, data, _schema.PstreeEntry).pid
+                if not 0 < pid <= MOST_TASKS or pid in self.tasks:
+                    raise CriuError("image", f"{path}: process {pid} cannot be, or is there twice")
+                self.tasks[pid] = self._read_task(pid, digest)
         if not self.tasks:
             raise CriuError("image", f"{path} has no processes")
         self.id: bytes = digest.digest()

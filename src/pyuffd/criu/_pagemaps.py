@@ -6,6 +6,7 @@ import os
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import closing
 from typing import NamedTuple
 
 from pyuffd._errors import CriuError
@@ -55,17 +56,17 @@ class Pagemap:
 
     def __init__(self, folder: str, pid: int) -> None:
         self.path = os.path.join(folder, f"pagemap-{pid}.img")
-        found = records(self.path, PAGEMAP_MAGIC)
-        head = next(found, None)
-        if head is None:
-            raise CriuError("image", f"{self.path} has no records")
-        pages_id = parsed(self.path, head, _schema.PagemapHead).pages_id
-        self.pages_path = os.path.join(folder, f"pages-{pages_id}.img")
         self._starts, self._ends, self._offsets = array("Q"), array("Q"), array("Q")
         self._flags = array("I")
         self._size = 0
-        for data in found:
-            self._add(parsed(self.path, data, _schema.PagemapEntry))
+        with closing(records(self.path, PAGEMAP_MAGIC)) as found:
+            head = next(found, None)
+            if head is None:
+                raise CriuError("image", f"{self.path} has no records")
+            pages_id = parsed(self.path, head, _schema.PagemapHead).pages_id
+            self.pages_path = os.path.join(folder, f"pages-{pages_id}.img")
+            for data in found:
+                self._add(parsed(self.path, data, _schema.PagemapEntry))
         if self._size and os.path.getsize(self.pages_path) < self._size:
             raise CriuError(
                 "image",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from pyuffd._errors import CriuError
@@ -25,8 +25,8 @@ _SIZE = struct.Struct("<I")
 LARGEST_RECORD = 64 << 20
 
 
-def records(path: str, magic: int) -> Iterator[bytes]:
-    """Yield the records of an image file.
+def records(path: str, magic: int) -> Generator[bytes, None, None]:
+    """Yield the records of an image file, which is open until the generator is closed.
 
     Raises:
         CriuError: not such a file, or a record that does not fit into it.
