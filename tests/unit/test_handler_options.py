@@ -24,6 +24,7 @@ class FakeUserfaultfd:
         self.adopted = False
         self.owner_pid = os.getpid()
         self.callbacks: list[object] = []
+        self._memory_key = "a pipe's"
 
     def fileno(self) -> int:
         return self._fd
@@ -35,6 +36,9 @@ class FakeUserfaultfd:
         """Do nothing: it outlives the handler."""
 
     def _let_close(self, user: object) -> None:
+        """Do nothing, as above."""
+
+    def _leave_behind(self, left: object) -> None:
         """Do nothing, as above."""
 
     def _claim_events(self, owner: object) -> None:

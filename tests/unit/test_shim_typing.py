@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import sysconfig
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -64,7 +65,9 @@ def test_generator(cdef: str, expected: dict[str, str]) -> None:
 
 
 def test_compiled_module_is_the_tree_s_own() -> None:
-    assert Path(_shim.__file__).name == "_shim.abi3.so"
+    has_own = sysconfig.get_config_var("Py_GIL_DISABLED")
+    suffix = sysconfig.get_config_var("EXT_SUFFIX") if has_own else ".abi3.so"
+    assert Path(_shim.__file__).name == f"_shim{suffix}"
 
 
 def test_structures_are_those_of_the_headers() -> None:
