@@ -13,6 +13,23 @@ static int wait_for(int fd, short events)
 	return uffd_poll(&ready, 1, -1) < 0 ? -errno : 0;
 }
 
+int uffd_transfer_poll(const int32_t *fds, int16_t *events, uint32_t count, int32_t timeout_ms)
+{
+	struct pollfd each[UFFD_POLL_MOST];
+	int ready;
+
+	if (count > UFFD_POLL_MOST)
+		return -EINVAL;
+	for (uint32_t i = 0; i < count; i++)
+		each[i] = (struct pollfd){ .fd = fds[i], .events = events[i] };
+	ready = uffd_poll(each, count, timeout_ms);
+	if (ready < 0)
+		return -errno;
+	for (uint32_t i = 0; i < count; i++)
+		events[i] = each[i].revents;
+	return ready;
+}
+
 int uffd_transfer_read(int fd, int64_t at, void *target, uint64_t length, uint64_t *done)
 {
 	while (*done < length) {

@@ -129,17 +129,38 @@ static void close_fd(int *fd)
 	*fd = -1;
 }
 
-void native_close(struct uffd_engine *engine)
+static void forget_owner(struct uffd_engine *engine)
 {
-	close_fd(&engine->wake_fd);
-	close_fd(&engine->stop_fd);
-	close_fd(&engine->watchdog_fd);
 	if (engine->owner_pidfd >= 0)
 		epoll_ctl(engine->epoll_fd, EPOLL_CTL_DEL, engine->owner_pidfd, NULL);
 	engine->owner_pidfd = -1;
 }
 
-static int open_descriptors(struct uffd_engine *engine, const char **call_ret)
+void native_close(struct uffd_engine *engine)
+{
+	close_fd(&engine->wake_fd);
+	close_fd(&engine->stop_fd);
+	close_fd(&engine->watchdog_fd);
+	forget_owner(engine);
+}
+
+static bool has_descriptors(const struct uffd_engine *engine)
+{
+	return engine->wake_fd >= 0 && engine->stop_fd >= 0 && engine->watchdog_fd >= 0;
+}
+
+/* As they were when they were new. */
+static void reset_descriptors(struct uffd_engine *engine)
+{
+	struct itimerspec never = { 0 };
+
+	silence(engine->wake_fd);
+	silence(engine->stop_fd);
+	timerfd_settime(engine->watchdog_fd, 0, &never, NULL);
+	silence(engine->watchdog_fd);
+}
+
+static int make_descriptors(struct uffd_engine *engine, const char **call_ret)
 {
 	int r;
 
@@ -154,8 +175,23 @@ static int open_descriptors(struct uffd_engine *engine, const char **call_ret)
 		return -errno;
 	*call_ret = "timerfd_create";
 	engine->watchdog_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
-	if (engine->watchdog_fd < 0)
-		return -errno;
+	return engine->watchdog_fd < 0 ? -errno : 0;
+}
+
+/* What stood by for a helper starts again when that is lost, maybe with RLIMIT_NOFILE reached. */
+static int open_descriptors(struct uffd_engine *engine, const char **call_ret)
+{
+	int r;
+
+	forget_owner(engine);
+	if (has_descriptors(engine)) {
+		reset_descriptors(engine);
+	} else {
+		native_close(engine);
+		r = make_descriptors(engine, call_ret);
+		if (r)
+			return r;
+	}
 	if (!engine->options.watch_owner)
 		return 0;
 	/* A userfaultfd does not report its owner's exit; a pidfd does. */
@@ -170,13 +206,13 @@ static int open_descriptors(struct uffd_engine *engine, const char **call_ret)
 int uffd_native_start(struct uffd_engine *engine, const int32_t *cpus, uint32_t cpu_count,
 		      const char **call_ret)
 {
+	bool had_descriptors = has_descriptors(engine);
 	cpu_set_t set;
 	int r;
 
 	/* An earlier call may have succeeded before an exception hid that from the caller. */
 	if (atomic_load(&engine->thread_running))
 		return 0;
-	native_close(engine);
 	CPU_ZERO(&set);
 	for (uint32_t i = 0; i < cpu_count; i++)
 		CPU_SET((size_t)cpus[i], &set);
@@ -194,10 +230,10 @@ int uffd_native_start(struct uffd_engine *engine, const int32_t *cpus, uint32_t 
 		*call_ret = "pthread_create";
 		r = start_thread(engine, cpu_count ? &set : NULL);
 	}
-	if (r)
-		native_close(engine);
-	else
+	if (!r)
 		engine->thread_running = true;
+	else if (!had_descriptors)
+		native_close(engine);
 	return r;
 }
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from contextlib import suppress
 
 from pyuffd import _huge_pages, _machine
 from pyuffd._abi import PageBit, PageCategory
-from pyuffd._errors import PagePoisonedError, UffdOSError
+from pyuffd._errors import PagePoisonedError, UffdOSError, limit_met
 from pyuffd._pages import PAGE_SIZE, round_down
 from pyuffd._residency import PageResidency, residency
 from pyuffd._vmas import Vma, overlapping
 from pyuffd.pagemap import Pagemap
 
+Madvise = Callable[[int, int, int], int]
+
+MADV_POPULATE_READ = 22  # Linux 5.14: EHWPOISON for a poisoned page
 EHWPOISON = 133  # in Python's errno since 3.14
 # The bits of an entry that tell the marker of a poisoned page from other markers.
 _MARKER = PageBit.PRESENT | PageBit.SWAP | PageBit.UFFD_WP | PageBit.GUARD_REGION
@@ -28,27 +32,45 @@ _NOT_SERVED = (
 )
 
 
-def lost_error(op: str, address: int, *, is_served: bool) -> UffdOSError:
+def lost_error(op: str, address: int, *, is_served: bool, madvise: Madvise) -> UffdOSError:
     """Return the exception for an access to `address` that met SIGBUS.
 
-    `is_served`: a started handler of driver="inline" serves it now.
+    `is_served`: a started handler of driver="inline" serves it now. `madvise`: madvise(2), which
+    returns 0 or -errno.
     """
-    vma = next(overlapping(address, address + 1, details=True), None)
+    try:
+        vma = next(overlapping(address, address + 1, details=True), None)
+    except OSError as error:  # no descriptor is left, perhaps
+        return _without_procfs(op, address, error, madvise)
     if vma is None:
         return UffdOSError(errno.EFAULT, op, address, hint="it has been unmapped")
     page = round_down(address, vma.page_size)
     reason = _other_reason(vma, page, is_served=is_served)
     if reason:
         return UffdOSError(errno.EFAULT, op, page, vma.page_size, hint=reason)
+    return _poisoned(op, address, page, vma.page_size)
+
+
+def _poisoned(op: str, address: int, page: int, page_size: int) -> PagePoisonedError:
     return PagePoisonedError(
         EHWPOISON,
         op,
         page,
-        vma.page_size,
+        page_size,
         hint="its content could not be read, or its handler stopped before it was loaded",
         address=address,
         offset=None,
     )
+
+
+def _without_procfs(op: str, address: int, error: OSError, madvise: Madvise) -> UffdOSError:
+    """Return what can be told of an access that met SIGBUS if /proc cannot be read."""
+    page = round_down(address, PAGE_SIZE)
+    if madvise(page, PAGE_SIZE, MADV_POPULATE_READ) == -EHWPOISON:
+        return _poisoned(op, address, page, PAGE_SIZE)
+    why = f"SIGBUS, and why is not known, as /proc cannot be read: {error.strerror}"
+    limit = limit_met(error.errno or 0)
+    return UffdOSError(errno.EFAULT, op, page, PAGE_SIZE, hint=f"{why}; {limit}" if limit else why)
 
 
 def _other_reason(vma: Vma, page: int, *, is_served: bool) -> str:

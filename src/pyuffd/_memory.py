@@ -99,7 +99,8 @@ def raise_lost(op: str, address: int) -> NoReturn:
     """Raise the exception for an access that met SIGBUS."""
     from pyuffd._lost import lost_error  # a circle; loaded with pyuffd.regions
 
-    raise lost_error(op, address, is_served=bool(lib.uffd_inline_serves(address)))
+    is_served = bool(lib.uffd_inline_serves(address))
+    raise lost_error(op, address, is_served=is_served, madvise=lib.uffd_shim_madvise)
 
 
 def buffer_address(data: Buffer) -> tuple[int, int, memoryview]:

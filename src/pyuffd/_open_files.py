@@ -16,6 +16,7 @@ from typing import cast
 
 from pyuffd._arguments import check_descriptor, shown
 from pyuffd._errors import UffdOSError, raise_errno
+from pyuffd._polling import Poll
 
 Reader = Callable[[memoryview], int | None]
 
@@ -98,7 +99,7 @@ def _errno_of(error: Exception) -> int:
 
 
 def _wait_readable(stream: object) -> None:
-    poll = select.poll()
+    poll = Poll()
     poll.register(check_descriptor("data", stream), select.POLLIN)
     poll.poll()
 

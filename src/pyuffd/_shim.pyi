@@ -497,6 +497,9 @@ class _Lib:
     def uffd_transfer_write(
         self, fd: int, at: int, source: CData, length: int, done: CData, /
     ) -> int: ...
+    def uffd_transfer_poll(
+        self, fds: CData, events: CData, count: int, timeout_ms: int, /
+    ) -> int: ...
     UFFD_PAGE_ABSENT: int
     UFFD_PAGE_IN_FLIGHT: int
     UFFD_PAGE_CLEAN: int

@@ -13,6 +13,7 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, TypeVar
 
 from pyuffd._arguments import check_seconds
+from pyuffd._polling import Poll
 
 if TYPE_CHECKING:
     import asyncio
@@ -40,7 +41,7 @@ def deadline_of(timeout_s: float | None) -> float | None:
 
 def wait(fd: int, event: int, deadline: float | None, end_fd: int = -1) -> None:
     """Wait until a descriptor is ready, `end_fd` can be read, or the time is over."""
-    poll = select.poll()
+    poll = Poll()
     poll.register(fd, event)
     if end_fd >= 0:
         poll.register(end_fd, select.POLLIN)

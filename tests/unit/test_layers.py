@@ -34,6 +34,7 @@ MAY_IMPORT_SHIM = {
         "_realized",
         "_owned",
         "_rows",
+        "_polling",
         "lowlevel",
         "_memory",
         "_remote_calls",

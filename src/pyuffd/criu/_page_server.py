@@ -19,6 +19,7 @@ from pyuffd._errors import ClosedError, CriuError
 from pyuffd._latch import Latch
 from pyuffd._owned import Descriptor
 from pyuffd._pages import PAGE_SIZE, check_range
+from pyuffd._polling import Poll
 
 Wire = Literal["4.1", "4.2"]
 # command, number of pages, address, process: the number of pages has 32 bits up to CRIU 4.1. The
@@ -150,7 +151,7 @@ class RemotePages(Closing):
             connection.give_up()
 
     def _step(self, connection: _Connection) -> None:
-        poll = select.poll()
+        poll = Poll()
         poll.register(self._wake.number, select.POLLIN)
         poll.register(self._sock, connection.events())
         waits_ms = self._timeout_s * 1000 if connection.owes else None

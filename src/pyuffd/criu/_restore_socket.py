@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from pyuffd._errors import ClosedError, CriuError
 from pyuffd._owned import Descriptor, Received
+from pyuffd._polling import Poll
 from pyuffd._uffd import Userfaultfd
 
 _WORD = struct.Struct("<i")
@@ -106,7 +107,7 @@ class RestoreSocket:
         return bytes(data)
 
     def _wait(self) -> None:
-        poll = select.poll()
+        poll = Poll()
         poll.register(self._sock, select.POLLIN)
         poll.register(self._ended, select.POLLIN)
         if any(fd == self._ended for fd, _ in poll.poll()):

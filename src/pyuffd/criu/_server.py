@@ -20,6 +20,7 @@ from pyuffd._closing import Closing
 from pyuffd._describe import described, log_error, short_repr
 from pyuffd._errors import ClosedError, CriuError, UffdError
 from pyuffd._owned import Descriptor
+from pyuffd._polling import Poll
 from pyuffd._uffd import Userfaultfd
 from pyuffd._unix_sockets import UnixListener, listen_unix
 from pyuffd.criu._images import Images
@@ -184,7 +185,7 @@ class LazyPages(Closing):
         """Yield connections."""
         accepted = 0
         while not self._limit or accepted < self._limit:
-            poll = select.poll()
+            poll = Poll()
             poll.register(self._listener.fileno(), select.POLLIN)
             poll.register(self._refusing.number, select.POLLIN)
             if any(fd == self._refusing.number for fd, _ in poll.poll()):

@@ -25,6 +25,7 @@ from pyuffd._errors import (
 )
 from pyuffd._owned import Descriptor
 from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE, RangeLike, resolve_range
+from pyuffd._polling import Poll
 from pyuffd.pagemap import Pagemap, PageRanges, check_proc
 from pyuffd.regions import Region
 from pyuffd.remote._mappings import (
@@ -182,7 +183,7 @@ class Process(Closing):
     @property
     def is_running(self) -> bool:
         """Whether it still is the same process with the same memory: no exit, no execve(2)."""
-        poll = select.poll()
+        poll = Poll()
         poll.register(self.fileno(), select.POLLIN)
         if poll.poll(0):
             return False

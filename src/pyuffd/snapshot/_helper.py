@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 from pyuffd import _remote_calls as calls
 from pyuffd._errors import HelperLostError
 from pyuffd._owned import Descriptor
+from pyuffd._polling import Poll
 from pyuffd._stdio import socketpair_above_stdio
 from pyuffd.remote._process import Process
 from pyuffd.snapshot._capture import SnapshotProgress
@@ -212,7 +213,9 @@ def _unraisable(what: sys.UnraisableHookArgs) -> None:
 
 def _follow(pidfd: int) -> None:
     """End when the process that is to be saved has ended."""
-    select.select([pidfd], [], [])
+    poll = Poll()
+    poll.register(pidfd, select.POLLIN)
+    poll.poll()
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -223,7 +226,9 @@ class _Sender:
         self._to = to
 
     def __call__(self, progress: SnapshotProgress) -> None:
-        if select.select([], [self._to], [], 0)[1]:
+        poll = Poll()
+        poll.register(self._to, select.POLLOUT)
+        if poll.poll(0):
             with suppress(OSError):
                 _send(self._to, progress)
 

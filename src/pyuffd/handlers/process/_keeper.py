@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 
 from pyuffd._describe import text_of
 from pyuffd._errors import HandlerError, UffdError, limit_met
+from pyuffd._polling import Poll
 from pyuffd.handlers._types import Piece, RangeSpec, ReportKind
 from pyuffd.handlers.process import _wire
 from pyuffd.handlers.process._book import Book, SpaceBook
@@ -105,7 +106,7 @@ class Keeper:
             except OSError as error:
                 if error.errno not in (errno.EAGAIN, errno.ENOMEM) or time.monotonic() > give_up:
                     raise
-            poll = select.poll()
+            poll = Poll()
             poll.register(self._owner_pidfd, select.POLLIN)
             if poll.poll(FORK_RETRY_MS):
                 raise OwnerGone
@@ -113,7 +114,7 @@ class Keeper:
     def run(self) -> None:
         """Work until the owner closes the handler or ends."""
         while not self._closing:
-            poll = select.poll()
+            poll = Poll()
             want = select.POLLIN | (select.POLLOUT if self._to_owner else 0)
             poll.register(self._owner, want)
             for fd in (self._owner_pidfd, self._worker.pidfd):

@@ -25,6 +25,7 @@ from pyuffd._errors import HelperLostError
 from pyuffd._latch import Latch
 from pyuffd._limits import start_thread
 from pyuffd._owned import Descriptor
+from pyuffd._polling import Poll
 from pyuffd.handlers.process import _wire
 from pyuffd.handlers.process._calls import Answer, Call, Message
 from pyuffd.handlers.process._start import (
@@ -247,7 +248,7 @@ class HelperLink:
 
     def _step(self) -> bool:
         """Wait for an event and handle it; return False when the helper has ended."""
-        poll = select.poll()
+        poll = Poll()
         for fd in (self._process.socket.fileno(), self._process.pidfd, self._wake.number):
             poll.register(fd, select.POLLIN)
         ready = dict(poll.poll())

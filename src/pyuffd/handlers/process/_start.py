@@ -20,6 +20,7 @@ from pyuffd import _limits
 from pyuffd._describe import counted
 from pyuffd._errors import HelperLostError, limit_met
 from pyuffd._owned import Descriptor
+from pyuffd._polling import Poll
 from pyuffd._stdio import STDIO, socketpair_above_stdio
 
 # Worker process and holder end at once; processes that a page source started may live longer.
@@ -134,7 +135,7 @@ class HelperProcess:
 
     def ended(self, limit_s: float) -> bool:
         """Wait at most `limit_s` for its end; return whether it has ended."""
-        poll = select.poll()
+        poll = Poll()
         poll.register(self.pidfd, select.POLLIN)
         return bool(poll.poll(limit_s * 1000))
 

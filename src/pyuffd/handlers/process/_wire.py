@@ -19,6 +19,7 @@ from typing import Any
 
 from pyuffd._describe import shortened, text_of, traceback_of
 from pyuffd._errors import limit_met
+from pyuffd._polling import Poll
 from pyuffd.handlers._types import SourceFailure
 from pyuffd.handlers.process._calls import Message
 from pyuffd.handlers.process._transport import MAIN_NAMES
@@ -156,7 +157,7 @@ def receive_exactly(
 
 
 def _wait(sock: socket.socket, event: int, ended: int) -> None:
-    poll = select.poll()
+    poll = Poll()
     poll.register(sock, event)
     poll.register(ended, select.POLLIN)
     if sock.fileno() not in dict(poll.poll()):

@@ -17,6 +17,7 @@ from typing import NoReturn
 from pyuffd import _limits, _memory
 from pyuffd._describe import described, print_traceback
 from pyuffd._limits import raise_start_error
+from pyuffd._polling import Poll
 from pyuffd.handlers.process import _wire
 from pyuffd.handlers.process._book import Book
 from pyuffd.handlers.process._calls import Answer, Message
@@ -105,7 +106,7 @@ class WorkerHandle:
 
     def end(self, limit_s: float) -> int:
         """Wait until it ends, kill it after the limit, and return its exit code."""
-        poll = select.poll()
+        poll = Poll()
         poll.register(self.pidfd, select.POLLIN)
         if not poll.poll(limit_s * 1000):
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
