@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Generic, Protocol, Self, TypeVar
 
 from pyuffd._closing import SoleOwner
-from pyuffd._errors import EventsBusyError
 from pyuffd._event_claims import EventClaims
 from pyuffd._events import Pagefault
 from pyuffd._latch import Latch
@@ -81,42 +81,78 @@ class EventIterator(SoleOwner, Generic[Event]):
         uffd = self._uffd
         if uffd.closed:
             return False
-        if uffd._claims.is_awaited:
-            raise EventsBusyError(f"another task waits for the events of {uffd!r}")
         loop = asyncio.get_running_loop()
         ready: asyncio.Future[bool] = loop.create_future()
         fd = uffd.fileno()
-        home = threading.get_ident()
-
-        def wake(is_open: bool) -> None:
-            loop.remove_reader(fd)
-            if not ready.done():
-                ready.set_result(is_open)
-
-        def closing() -> None:
-            # The loop must remove the descriptor before it is closed: epoll continues to report one
-            # of which another process has a copy.
-            if loop.is_closed():
-                return
-            if threading.get_ident() == home or not loop.is_running():
-                wake(False)
-                return
-            gone = Latch()
-
-            def let_go() -> None:
-                wake(False)
-                gone.set()
-
-            loop.call_soon_threadsafe(let_go)
-            gone.wait(LET_GO_S)
-
-        uffd._claims.is_awaited = True
-        uffd._on_close(closing)
-        loop.add_reader(fd, wake, True)
+        waiter = _Waiter(uffd, loop, ready)
+        uffd._claims.await_by(uffd, waiter)
         try:
+            uffd._on_close(waiter.closing)
+            # The loop keeps the future, and with it the task; the userfaultfd keeps neither.
+            loop.add_reader(fd, waiter.wake, True, ready)
             return await ready
         finally:
-            uffd._claims.is_awaited = False
-            uffd._forget_on_close(closing)
-            if not uffd.closed:
-                loop.remove_reader(fd)
+            uffd._claims.awaited(waiter)
+            waiter.forget()
+
+
+class _Waiter(Generic[Event]):
+    """A task that waits in a loop; the userfaultfd keeps neither of them alive.
+
+    The loop may be closed, or dropped, without the task: that one never continues then.
+    """
+
+    def __init__(
+        self,
+        uffd: Readable[Event],
+        loop: asyncio.AbstractEventLoop,
+        ready: asyncio.Future[bool],
+    ) -> None:
+        self._uffd = uffd
+        self._fd = uffd.fileno()
+        self._loop = weakref.ref(loop)
+        self._ready = weakref.ref(ready)
+        self._home = threading.get_ident()
+        task = asyncio.current_task()
+        self._name = "a task" if task is None else f"the task {task.get_name()!r}"
+
+    def __repr__(self) -> str:
+        loop = self._loop()
+        if self.is_over() or loop is None:
+            return f"{self._name} of a loop that is closed"
+        return f"{self._name} of {loop!r}"
+
+    def is_over(self) -> bool:
+        loop = self._loop()
+        return loop is None or loop.is_closed() or self._ready() is None
+
+    def forget(self) -> None:
+        self._uffd._forget_on_close(self.closing)
+        loop = self._loop()
+        if loop is not None and not loop.is_closed() and not self._uffd.closed:
+            loop.remove_reader(self._fd)
+
+    def wake(self, is_open: bool, ready: asyncio.Future[bool] | None) -> None:
+        loop = self._loop()
+        if loop is not None:
+            loop.remove_reader(self._fd)
+        if ready is not None and not ready.done():
+            ready.set_result(is_open)
+
+    def closing(self) -> None:
+        # The loop must remove the descriptor before it is closed: epoll continues to report one of
+        # which another process has a copy.
+        loop = self._loop()
+        if loop is None or loop.is_closed():
+            return
+        if threading.get_ident() == self._home or not loop.is_running():
+            self.wake(False, self._ready())
+            return
+        gone = Latch()
+
+        def let_go() -> None:
+            self.wake(False, self._ready())
+            gone.set()
+
+        loop.call_soon_threadsafe(let_go)
+        gone.wait(LET_GO_S)

@@ -43,12 +43,22 @@ class Owner(Protocol[UffdIn]):
         """Return the modes in which memory of the range is served, or None."""
 
 
+class Waiter(Protocol):
+    """A task that waits for events; its repr names it."""
+
+    def is_over(self) -> bool:
+        """Whether it can never continue, since its loop is closed or gone."""
+
+    def forget(self) -> None:
+        """Undo what it has left with the userfaultfd and the loop."""
+
+
 class EventClaims(Generic[Uffd, Event]):
     """The owner of one userfaultfd's events, and the events that were read but not delivered."""
 
     def __init__(self) -> None:
         self.unread: deque[Event] = deque()  # read for events(), and not delivered
-        self.is_awaited = False
+        self._waiter: Waiter | None = None
         self._owner: weakref.ref[Owner[Uffd]] | None = None
 
     def claim(self, uffd: Uffd, owner: Owner[Uffd]) -> None:
@@ -70,9 +80,9 @@ class EventClaims(Generic[Uffd, Event]):
                     raise ValueError(
                         f"{uffd!r} has a handler already, which must be closed first: {other!r}"
                     )
-                if self.is_awaited:
+                if (waiter := self._waiter) is not None and not waiter.is_over():
                     raise EventsBusyError(
-                        f"a task waits for the events of {uffd!r}: cancel it before making a"
+                        f"{waiter!r} waits for the events of {uffd!r}: cancel it before making a"
                         " Handler"
                     )
                 # A signal handler of this thread may claim them too, but not in between.
@@ -81,6 +91,29 @@ class EventClaims(Generic[Uffd, Event]):
         for event in [event for event in self.unread.copy() if isinstance(event, Pagefault)]:
             lowlevel.wake(uffd.fileno(), round_down(event.address, PAGE_SIZE), PAGE_SIZE)
             self.unread.remove(event)
+
+    def await_by(self, uffd: Uffd, waiter: Waiter) -> None:
+        """Note the one task that waits for events, until `awaited`.
+
+        Raises:
+            EventsBusyError: another one waits.
+        """
+        with _claiming.now:
+            other = self._waiter
+            if other is not None and not other.is_over():
+                raise EventsBusyError(
+                    f"another task waits for the events of {uffd!r}: {other!r}; cancel it, or"
+                    " close its loop"
+                )
+            self._waiter = waiter
+        if other is not None:
+            other.forget()
+
+    def awaited(self, waiter: Waiter) -> None:
+        """Note that a task waits no longer; another one may have followed it."""
+        with _claiming.now:
+            if self._waiter is waiter:
+                self._waiter = None
 
     def take_unread(self, limit: int) -> list[Event]:
         """Remove and return the oldest events that were read but not delivered."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import mmap
 import os
 import socket
@@ -11,11 +12,13 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 import pytest
 
 from pyuffd import (
+    BufferSource,
     ClosedError,
     Event,
     EventsBusyError,
     Feature,
     Fork,
+    Handler,
     Pagefault,
     Region,
     Remove,
@@ -298,3 +301,69 @@ def beside_sockets() -> None:
             writer.close()
 
     asyncio.run(main())
+
+
+def left_in_a_loop(how: str) -> None:
+    """A task waits for events in a loop that does not run any more, and keeps nobody away."""
+    with Userfaultfd(features=Feature.EVENT_REMOVE) as uffd:
+
+        async def first() -> object:
+            async for event in uffd.events():
+                return event
+            return None
+
+        loop = asyncio.new_event_loop()
+        task: asyncio.Task[object] | None = loop.create_task(first(), name="reader")
+        loop.run_until_complete(asyncio.sleep(0))
+        gc.collect()
+        if how == "stopped":
+            named = r"the task 'reader' of <.*EventLoop"
+            with pytest.raises(EventsBusyError, match=named):
+                asyncio.run(first())
+            with pytest.raises(EventsBusyError, match=named):
+                Handler(uffd)
+        if how != "dropped":
+            loop.close()
+        if how in ("forgotten", "dropped"):
+            del loop, task
+            gc.collect()
+        with Region.anonymous(2 * PAGE) as region:
+            uffd.register(region)
+            uffd.zeropage(region.start, PAGE)
+            dropping = Task(region.madvise, mmap.MADV_DONTNEED, 0, PAGE)
+            assert isinstance(asyncio.run(asyncio.wait_for(first(), 10)), Remove)
+            dropping.result()
+            with Handler(uffd) as handler:
+                handler.serve(region, BufferSource(b"x" * PAGE * 2))
+                assert region.read(PAGE, 1) == b"x"
+
+
+@pytest.mark.filterwarnings("ignore:unclosed event loop")
+@pytest.mark.parametrize("how", ["kept", "forgotten", "dropped", "stopped"])
+def test_a_task_of_a_loop_that_is_over(how: str) -> None:
+    run_child(left_in_a_loop, how)
+
+
+def kept_by_its_loop() -> None:
+    with Userfaultfd(features=Feature.EVENT_REMOVE) as uffd, Region.anonymous(PAGE) as region:
+        uffd.register(region)
+        uffd.zeropage(region.start, PAGE)
+        found: list[object] = []
+
+        async def read() -> None:
+            async for event in uffd.events():
+                found.append(event)
+
+        async def main() -> None:
+            asyncio.get_running_loop().call_soon(asyncio.ensure_future, read())
+            for _ in range(3):
+                await asyncio.sleep(0.01)
+                gc.collect()
+            await asyncio.to_thread(region.madvise, mmap.MADV_DONTNEED, 0, PAGE)
+
+        asyncio.run(main())
+        assert [type(event) for event in found] == [Remove]
+
+
+def test_a_task_that_only_its_loop_keeps() -> None:
+    run_child(kept_by_its_loop)
