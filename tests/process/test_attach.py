@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from pyuffd import (
     UnsupportedFeatureError,
 )
 from pyuffd.remote import _attach as attaching
+from pyuffd.remote import _threads as threads_of_others
 from pyuffd.testing import needs, needs_privilege
 from pyuffd.testing._run import SCALE
 from tests._child import run_child
@@ -341,6 +343,62 @@ def test_refusals(program: str, ended: list[subprocess.Popen[bytes]]) -> None:
             process.attach()
         with pytest.raises(ProcessGoneError):
             process.stopped()
+
+
+@pytest.mark.parametrize("what", ["attach", "stop"])
+def test_a_tracer_that_leaves(
+    program: str,
+    ended: list[subprocess.Popen[bytes]],
+    what: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two programs that trace for a moment do not refuse each other."""
+    monkeypatch.setattr(threads_of_others, "LEAVE_S", 20 * SCALE)
+    monkeypatch.setattr(attaching, "LEAVE_S", 20 * SCALE)
+    target = start(program, "spin")
+    ended.append(target)
+    with Process(target.pid) as process, Process(target.pid) as other:
+        stop = other.stopped(10 * SCALE)
+        looks = threading.Event()
+        hint = threads_of_others.traced_hint
+
+        def look(tid: int) -> str:
+            looks.set()
+            return hint(tid)
+
+        def leave() -> None:
+            looks.wait()
+            stop.close()
+
+        monkeypatch.setattr(threads_of_others, "traced_hint", look)
+        leaving = threading.Thread(target=leave)
+        leaving.start()
+        try:
+            (process.attach(timeout_s=10) if what == "attach" else process.stopped(10)).close()
+        finally:
+            looks.set()
+            leaving.join()
+        answers(target)
+
+
+def test_a_refusal_without_a_tracer(
+    program: str, ended: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that came and went is not named once nobody traces the thread any more."""
+    target = start(program, "spin")
+    ended.append(target)
+    monkeypatch.setattr(threads_of_others, "LEAVE_S", 20 * SCALE)
+    refusals = threads_of_others.Refusals()
+    monkeypatch.setattr(threads_of_others, "LEAVE_S", 0)
+    hurried = threads_of_others.Refusals()
+    with Process(target.pid) as process, process.stopped(10 * SCALE):
+        assert not hurried.try_again(target.pid)
+        assert "traces it" in hurried.why("refused")
+    tries = 1
+    while refusals.try_again(target.pid):
+        tries += 1
+    assert 2 <= tries < 10
+    assert refusals.why("refused") == "refused"
 
 
 def test_what_is_not_x86_64_is_refused(ended: list[subprocess.Popen[bytes]]) -> None:

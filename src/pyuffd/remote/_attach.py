@@ -22,7 +22,7 @@ from pyuffd._uffd import Userfaultfd
 from pyuffd.remote._mappings import Mapping, MappingKind, Mappings
 from pyuffd.remote._stop import frozen_hint, why_not_stopped
 from pyuffd.remote._target import Target
-from pyuffd.remote._threads import traced_hint
+from pyuffd.remote._threads import LEAVE_S, Refusals, wait_for_tracer
 
 DEVICE = "/dev/userfaultfd"
 LIMIT_S = 2.0
@@ -79,27 +79,29 @@ def attach(
     stack = next((m for m in mappings if m.kind is MappingKind.STACK), None)
     scratch = _unused(process, stack)
     with Descriptor() as fetched, _device() as device:
-        result, tid = None, pid
+        result, tid, refusals = None, pid, Refusals()
         for tid in _candidates(process, any_thread=bool(scratch)):
-            attempt = calls.Attach(
-                tid=tid,
-                syscall_ret=syscall_ret,
-                restorer=restorer,
-                scratch=scratch,
-                stack=(stack.start, stack.end) if stack is not None else (0, 0),
-                flags=flags,
-                device=device.number,
-                suspend_seccomp=status.get("Seccomp", "0") != "0",
-                limit_ns=int(limit_s * 1e9),
-                hold=int(hold or 0),
-            )
-            attempts[:] = [attempt]
-            result = attempt.run(fetched)
+            result = None
+            while result is None or (_is_refused(result) and refusals.try_again(tid)):
+                attempt = calls.Attach(
+                    tid=tid,
+                    syscall_ret=syscall_ret,
+                    restorer=restorer,
+                    scratch=scratch,
+                    stack=(stack.start, stack.end) if stack is not None else (0, 0),
+                    flags=flags,
+                    device=device.number,
+                    suspend_seccomp=status.get("Seccomp", "0") != "0",
+                    limit_ns=int(limit_s * 1e9),
+                    hold=int(hold or 0),
+                )
+                attempts[:] = [attempt]
+                result = attempt.run(fetched)
             if result.code not in (errno.ESRCH, errno.ENOTSUP):
                 break
         if result is None or result.code:
             process.check()
-            _fail(pid, result, tid)
+            _fail(pid, result, tid, refusals)
         return Userfaultfd._opened_in(fetched, features, pid), result
 
 
@@ -110,8 +112,8 @@ def _refuse(process: Target, pid: int) -> dict[str, str]:
     tid = process.memory_tid
     lines = Path(f"/proc/{tid}/status").read_text(errors="replace").splitlines()
     status = {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    if status.get("TracerPid", "0") != "0":
-        _raise(pid, errno.EBUSY, traced_hint(tid) or "it was traced just now")
+    if tracer := wait_for_tracer(tid, time.monotonic() + LEAVE_S):
+        _raise(pid, errno.EBUSY, tracer)
     if status.get("State", "?")[0] in "ZX":
         _raise(pid, errno.ESRCH, "it is ending")
     if cgroup := frozen_cgroup(tid):
@@ -217,7 +219,11 @@ _BY_POINT = {
 }
 
 
-def _fail(pid: int, result: Attached | None, tid: int) -> NoReturn:
+def _is_refused(result: Attached) -> bool:
+    return result.code == errno.EPERM and result.point <= AttachPoint.SEIZED
+
+
+def _fail(pid: int, result: Attached | None, tid: int, refusals: Refusals) -> NoReturn:
     if result is None:
         _raise(
             pid,
@@ -230,8 +236,8 @@ def _fail(pid: int, result: Attached | None, tid: int) -> NoReturn:
     hint = ""
     if code == errno.ETIMEDOUT:
         hint = f"thread {tid} did not stop in time: {why_not_stopped(tid)}"
-    elif code == errno.EPERM and point <= AttachPoint.SEIZED:
-        hint = traced_hint(tid) or (
+    elif _is_refused(result):
+        hint = refusals.why(
             "ptrace is refused (CAP_SYS_PTRACE, Yama), or it has a seccomp filter and suspending"
             " it needs CAP_SYS_ADMIN"
         )

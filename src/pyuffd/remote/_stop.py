@@ -15,7 +15,7 @@ from pyuffd._closing import Closing
 from pyuffd._errors import ClosedError, StopTimeoutError, UffdOSError, raise_errno
 from pyuffd._limits import frozen_cgroup
 from pyuffd.remote._target import Target
-from pyuffd.remote._threads import traced_hint, wait_channel
+from pyuffd.remote._threads import Refusals, wait_channel
 
 LIMIT_S = 1.0
 _ROUNDS_MOST = 5  # of processes that come to share the memory while others are stopped
@@ -145,16 +145,21 @@ def stop(process: Target, limit_s: float, asleep_limit_s: float | None = None) -
     if process.pid == os.getpid():
         raise ValueError("a process cannot stop itself")
     process.check()
+    refusals = Refusals()
     pids = sharing(process.pid, process.memory_tid)
-    for _ in range(_ROUNDS_MOST):
+    rounds = 0
+    while rounds < _ROUNDS_MOST:
         if os.getpid() in pids:
             raise ValueError(f"process {process.pid} shares its memory with this process")
         held = calls.StoppedThreads()
         since = time.monotonic()
         try:
             held.stop(pids, int(limit_s * 1e9), int(asleep_s * 1e9))
+            if held.code == errno.EPERM and refusals.try_again(held.tid):
+                held.close()
+                continue
             if held.code:
-                _fail(process, held, limit_s)
+                _fail(process, held, limit_s, refusals)
             now = sharing(process.pid, process.memory_tid)
             if set(now) <= set(pids):
                 return Stop(held.threads, held.ns / 1e9, tuple(pids), since, held)
@@ -163,6 +168,7 @@ def stop(process: Target, limit_s: float, asleep_limit_s: float | None = None) -
             raise
         held.close()
         pids = now
+        rounds += 1
     raise_errno(
         f"stop process {process.pid}",
         errno.EAGAIN,
@@ -170,7 +176,7 @@ def stop(process: Target, limit_s: float, asleep_limit_s: float | None = None) -
     )
 
 
-def _fail(process: Target, held: calls.StoppedThreads, limit_s: float) -> None:
+def _fail(process: Target, held: calls.StoppedThreads, limit_s: float, refusals: Refusals) -> None:
     process.check()
     if held.code == errno.ETIMEDOUT:
         # Before the limit only a thread is given up that waits in the kernel.
@@ -184,7 +190,7 @@ def _fail(process: Target, held: calls.StoppedThreads, limit_s: float) -> None:
         )
     hint = ""
     if held.code == errno.EPERM:
-        hint = traced_hint(held.tid) or "ptrace is refused (CAP_SYS_PTRACE, Yama)"
+        hint = refusals.why("ptrace is refused (CAP_SYS_PTRACE, Yama)")
     raise_errno(f"stop process {process.pid}", held.code, hint=hint, tid=held.tid)
 
 

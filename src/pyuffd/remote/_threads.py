@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from pyuffd._errors import raise_if_short
+
+# How long another tracer may need to leave: one that traces for a moment, as this library does.
+LEAVE_S = 0.3
+_LOOK_S = 0.002
+# After so many refusals in a row while nobody traced the thread, ptrace itself is refused.
+_REFUSALS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,3 +80,33 @@ def traced_hint(tid: int) -> str:
         name = ""
     name = "".join(c if c.isprintable() else "?" for c in name.rstrip("\n"))
     return f"process {tracer}{f' ({name})' if name else ''} traces it: a debugger?"
+
+
+def wait_for_tracer(tid: int, give_up_at: float) -> str:
+    """Wait until nobody traces a thread; return who still does, or ""."""
+    while (hint := traced_hint(tid)) and time.monotonic() < give_up_at:
+        time.sleep(_LOOK_S)
+    return hint
+
+
+class Refusals:
+    """Refusals (EPERM) of ptrace: another tracer, who may have left since, or no permission."""
+
+    def __init__(self) -> None:
+        self._give_up_at = time.monotonic() + LEAVE_S
+        self._untraced = 0
+        self._tracer = ""
+
+    def try_again(self, tid: int) -> bool:
+        """Wait for another tracer to leave; return whether trying once more makes sense."""
+        tracer = traced_hint(tid)
+        if tracer:
+            self._tracer, self._untraced = tracer, 0
+            wait_for_tracer(tid, self._give_up_at)
+        else:
+            self._untraced += 1
+        return self._untraced < _REFUSALS and time.monotonic() < self._give_up_at
+
+    def why(self, otherwise: str) -> str:
+        """Return why it is refused; `otherwise` if it is no other tracer."""
+        return self._tracer if self._untraced < _REFUSALS and self._tracer else otherwise
