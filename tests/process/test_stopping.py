@@ -289,7 +289,7 @@ def one_of_two(at: Setting) -> None:
 @pitfall(16, "slow-pages-in-parallel", drivers=THREAD, memory=SMALL)
 def parallel(at: Setting) -> None:
     """As many reads at once as workers; one after the other, the first would block all."""
-    with at.serving(workers=8) as (handler, memory):
+    with at.serving(workers=8, stall_timeout_s=60.0) as (handler, memory):
         region = memory.pages(9)
         data = Pages(9, memory.page_size)
         gate = GatedSource(at.source(data.all), at=[i * data.size for i in range(7)])
