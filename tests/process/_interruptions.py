@@ -40,6 +40,7 @@ from typing import Any, Literal
 import psutil
 
 import pyuffd
+from pyuffd import _left
 from pyuffd.testing import _leaks
 
 PACKAGE = str(Path(pyuffd.__file__).parent)
@@ -307,6 +308,7 @@ def _once(scenario: Scenario, interrupter: Interrupter) -> tuple[str, str]:
     give_up = time.monotonic() + SETTLE_S
     while (now := _held()) - before or _owned(before) - now:
         gc.collect()
+        _left.tidy()  # as whoever uses a userfaultfd next: a thread may have ended since
         if time.monotonic() > give_up:
             gone = _owned(before) - now
             problem += f"left behind: {now - before or 'nothing'}, gone: {gone or 'nothing'}"
