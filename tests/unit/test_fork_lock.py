@@ -11,6 +11,7 @@ from pyuffd import _event_claims, _range_modes
 from pyuffd._abi import RegisterMode
 from pyuffd._fork_lock import ForkLock
 from pyuffd._range_modes import RangeModes
+from pyuffd.dirty import _tracker
 from tests._child import run_child
 
 
@@ -19,7 +20,7 @@ def in_a_fork() -> int:
     entered, over = threading.Event(), threading.Event()
 
     def change() -> None:
-        with _range_modes._lock.now, _event_claims._claiming.now:
+        with _range_modes._lock.now, _event_claims._claiming.now, _tracker._claiming.now:
             entered.set()
             over.wait()
 
@@ -30,7 +31,7 @@ def in_a_fork() -> int:
     child = os.fork()
     if not child:
         modes.set(0x1000, 0x2000, RegisterMode.WP)
-        with _event_claims._claiming.now:
+        with _event_claims._claiming.now, _tracker._claiming.now:
             os._exit(len(modes.overlapping(0, 0x3000)))
     status = os.waitpid(child, 0)[1]
     over.set()

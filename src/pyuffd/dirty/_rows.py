@@ -123,14 +123,6 @@ def merged(spans: Iterable[Span]) -> list[Span]:
     return result
 
 
-def common(one: Iterable[Span], other: Iterable[Span]) -> Iterator[Span]:
-    """Yield what is in both."""
-    for first, last in one:
-        for start, end in other:
-            if max(first, start) < min(last, end):
-                yield max(first, start), min(last, end)
-
-
 def packed(spans: Iterable[Span]) -> memoryview:
     """Return sorted spans as C takes them."""
     words = [word for start, end in spans for word in (start, end, 0)]

@@ -18,6 +18,7 @@ from pyuffd._arguments import shown
 from pyuffd._closing import Closing
 from pyuffd._dropped import close_dropped
 from pyuffd._errors import ClosedError, UffdError, UnsupportedFeatureError, raise_errno
+from pyuffd._fork_lock import ForkLock
 from pyuffd._latch import is_held_here
 from pyuffd._pages import RangeLike
 from pyuffd._uffd import Userfaultfd
@@ -42,7 +43,7 @@ _NO_ASYNC = "this kernel has no Feature.WP_ASYNC (Linux 6.7), which PAGEMAP_SCAN
 _Claims = weakref.WeakKeyDictionary["DirtyTracker", Sequence[_rows.Span]]
 # What the trackers of a userfaultfd track with it, until they are closed.
 _claims: weakref.WeakKeyDictionary[Userfaultfd, _Claims] = weakref.WeakKeyDictionary()
-_claims_lock = threading.RLock()
+_claiming = ForkLock()
 
 
 class _Method(Protocol):
@@ -182,10 +183,12 @@ class DirtyTracker(Closing):
 
     def _claim(self, uffd: Userfaultfd, scope: Sequence[_rows.Span]) -> None:
         """Note what is tracked with a userfaultfd; of two trackers each would miss writes."""
-        with _claims_lock:
+        with _claiming.now:
             claims = _claims.setdefault(uffd, weakref.WeakKeyDictionary())
             for spans in claims.values():
-                for start, end in _rows.common(spans, scope):
+                common = calls.intersect(_rows.packed(spans), _rows.packed(scope))
+                if len(common):
+                    start, end = common[:2]
                     raise_errno(
                         "track",
                         errno.EBUSY,
@@ -197,7 +200,7 @@ class DirtyTracker(Closing):
             claims[self] = scope
 
     def _leave(self, uffd: Userfaultfd) -> None:
-        with _claims_lock:
+        with _claiming.now:
             claims = _claims.get(uffd)
             if claims is not None:
                 claims.pop(self, None)

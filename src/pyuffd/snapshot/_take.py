@@ -9,9 +9,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from pyuffd import _dirty_calls as ranges
 from pyuffd._abi import Feature
 from pyuffd._errors import ProcessGoneError, SnapshotError
-from pyuffd.dirty import DirtyTracker, _async
+from pyuffd.dirty import DirtyTracker, _async, _rows
 from pyuffd.remote._process import Process
 from pyuffd.snapshot._capture import Captured, Options, Used, at_barrier
 from pyuffd.snapshot._files import NewDirectory, check_absent
@@ -109,9 +110,12 @@ def _check_tracker(request: Request, process: Process) -> None:
         return
     if request.scope is None:
         raise ValueError("tracker: it tracks parts of the memory: give the same ranges=")
-    for start, end in request.scope:
-        if not any(first <= start and end <= last for first, last in tracker._scope):
-            raise ValueError(f"tracker: it does not track all of [{start:#x}, {end:#x})")
+    unseen = ranges.subtract(_rows.packed(request.scope), _rows.packed(tracker._scope))
+    if len(unseen):
+        raise ValueError(
+            f"tracker: it does not track all that is to be saved: [{unseen[0]:#x}, {unseen[1]:#x})"
+            " is missing"
+        )
 
 
 def _check_parent(parent: Image, process: Process, tracker: DirtyTracker | None) -> None:
