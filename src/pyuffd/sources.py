@@ -20,6 +20,7 @@ from pyuffd._closing import Closing, SoleOwner
 from pyuffd._describe import short_repr
 from pyuffd._enums import Word
 from pyuffd._errors import ClosedError, HandlerError
+from pyuffd._fork_lock import ForkLock
 from pyuffd.regions import Region
 
 if TYPE_CHECKING:
@@ -386,14 +387,12 @@ def end_fork() -> NoReturn:
 LOOK_S = 0.2
 
 _loops: list[asyncio.AbstractEventLoop] = []  # at most one
-_loops_lock = threading.RLock()
+_loops_lock = ForkLock()
 
 
 def _forget_loops() -> None:
     """Forget the loop in the child of a fork, where its thread does not exist."""
-    global _loops_lock
     _loops.clear()
-    _loops_lock = threading.RLock()
 
 
 os.register_at_fork(after_in_child=_forget_loops)
@@ -402,7 +401,7 @@ os.register_at_fork(after_in_child=_forget_loops)
 def _own_loop() -> asyncio.AbstractEventLoop:
     import asyncio
 
-    with _loops_lock:
+    with _loops_lock.now:
         if not _loops:
             loop = asyncio.new_event_loop()
             threading.Thread(target=loop.run_forever, name="uffd-async", daemon=True).start()

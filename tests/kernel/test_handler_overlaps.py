@@ -216,7 +216,7 @@ def check_fork_while_another_thread_serves() -> None:
     held, over = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with _overlaps._lock:
+        with _overlaps.overlaps_lock():
             held.set()
             over.wait()
 

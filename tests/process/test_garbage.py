@@ -70,7 +70,7 @@ DROPPED: dict[str, Callable[[], object]] = {
 }
 # What a thread may hold when the collector runs in it.
 LOCKS: dict[str, AbstractContextManager[Any]] = {
-    "serve": _overlaps._lock,
+    "serve": _overlaps.overlaps_lock(),
     "start of a thread": threading._active_limbo_lock,  # type: ignore[attr-defined]
 }
 

@@ -18,6 +18,7 @@ from typing import Generic, TypeVar
 from weakref import WeakSet
 
 from pyuffd._abi import RegisterMode
+from pyuffd._fork_lock import ForkLock
 from pyuffd._overlay import leaves_of
 from pyuffd._pages import RangeLike
 from pyuffd.regions import Region
@@ -31,7 +32,7 @@ FILLED = int(RegisterMode.MISSING | RegisterMode.MINOR)
 # Of all handlers of this process. The lock guards what they hold; reentrant, as a signal handler
 # may serve too.
 _all: WeakSet[Overlaps] = WeakSet()
-_lock = threading.RLock()
+_lock = ForkLock()
 # Ranges to forget. A handler may have to end in a destructor, which the garbage collector runs in a
 # thread that has the lock; so the next thread that takes the lock forgets them.
 _removed: deque[tuple[Overlaps, Range]] = deque()
@@ -39,13 +40,13 @@ _removed: deque[tuple[Overlaps, Range]] = deque()
 
 def overlaps_lock() -> threading.RLock:
     """Return the lock of all handlers, the last that is acquired."""
-    return _lock
+    return _lock.now
 
 
 def _start_anew() -> None:
-    """In a fork: its handlers are its own, and another thread may have had the lock."""
-    global _lock, _all
-    _lock, _all = threading.RLock(), WeakSet()
+    """In a fork: its handlers are its own."""
+    global _all
+    _all = WeakSet()
     _removed.clear()
 
 
@@ -216,19 +217,19 @@ class Overlaps:
         self._written: Spans[tuple[Range, Use]] = Spans()
         # Engines for whose pages this one may wait; some of them perhaps no longer.
         self._waits_for: WeakSet[Overlaps] = WeakSet()
-        with _lock:
+        with _lock.now:
             _all.add(self)
 
     def check(self, new: Range) -> None:
         """Raise ValueError if the engine would wait for itself with `new` among the ranges."""
-        with _lock:
+        with _lock.now:
             _settle()
             self._check_alone(new)
             self._check_circle(new)
 
     def check_many(self, new: Iterable[Range]) -> None:
         """Check several ranges, which use no memory."""
-        with _lock:
+        with _lock.now:
             _settle()
             if not any(one._read or one._written for one in _all):
                 return  # nobody waits for memory of any
@@ -302,7 +303,7 @@ class Overlaps:
 
     def check_drop(self, start: int, length: int) -> None:
         """Raise ValueError if pages would be dropped that are served already."""
-        with _lock:
+        with _lock.now:
             _settle()
             served = self._served.find(start, length)
         if served is not None:
@@ -313,7 +314,7 @@ class Overlaps:
 
     def check_read(self, start: int, length: int, name: str) -> None:
         """Raise ValueError if the engine would wait for itself when it reads this memory."""
-        with _lock:
+        with _lock.now:
             _settle()
             served = self._filled.find(start, length)
         if served is not None:
@@ -329,7 +330,7 @@ class Overlaps:
         if one.file is None:
             return
         offset = start - one.file_start
-        with _lock:
+        with _lock.now:
             _settle()
             spans = [by._files[one.file] for by in _all if one.file in by._files]
             for other in (found for each in spans for found in each.within(offset, length)):
@@ -346,7 +347,7 @@ class Overlaps:
 
     def add_many(self, all_new: Iterable[Range]) -> None:
         """Note ranges that are served from now on."""
-        with _lock:
+        with _lock.now:
             _settle()
             for new in all_new:
                 for spans, start in self._entries(new):
