@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from pathlib import Path
 
 from pyuffd._abi import Feature, PageBit, RegisterMode
@@ -43,7 +44,7 @@ REFRESH = Path("/proc/sys/vm/stat_refresh")
 MIGRATION_REFRESHES = 64
 MIGRATION_PAGES, MIGRATION_KEPT = 1 << 16, 1024
 MIGRATION_SHARE = 8  # use an eighth of the available memory at most
-MIGRATION_TRIES = 3
+MIGRATION_TRIES = 8  # more than one is needed only where others take the free pages
 LIMIT = 4 << 20
 CHUNK = 64 << 10  # what a child writes at once
 
@@ -183,9 +184,10 @@ def migration(ctx: Context) -> None:
 
 
 def _below_free_pages(ctx: Context) -> Region:
-    """Make memory at the lowest frames, below free pages, so that compaction moves it up there.
+    """Make memory at the lowest frames of a zone, below free pages, for compaction to move it up.
 
-    Compaction moves the lowest pages first, also those of others, until no free pages are left.
+    Compaction moves the lowest pages of a zone first, also those of others, until no free pages are
+    left in the zone. On a machine that is short of free pages, memory comes from several zones.
     """
     pages = min(MIGRATION_PAGES, _available() // MIGRATION_SHARE // ctx.page)
     region = ctx.make(pages)
@@ -193,10 +195,15 @@ def _below_free_pages(ctx: Context) -> Region:
         region.advise_thp(False)
     region.fill(DATA)
     frames = _frames(region)
-    lowest = sorted(frames.values())[MIGRATION_KEPT]
+    zones = _zone_starts()
+    by_zone: dict[int, list[int]] = {}
+    for frame in frames.values():
+        by_zone.setdefault(bisect_right(zones, frame), []).append(frame)
+    most = max(by_zone, key=lambda zone: len(by_zone[zone]))
+    lowest = set(sorted(by_zone[most])[:MIGRATION_KEPT])
     run = region.start
     for at in [*frames, region.start + region.length]:
-        if frames.get(at, 0) < lowest:
+        if at not in frames or frames[at] in lowest:
             if at > run:
                 region.punch_hole(run - region.start, at - run)
             run = at + ctx.page
@@ -208,6 +215,11 @@ def _below_free_pages(ctx: Context) -> Region:
         if _pages_with_cpus("count") <= kept:
             break
     return region
+
+
+def _zone_starts() -> list[int]:
+    """Return the first page frame of each zone."""
+    return sorted(map(int, re.findall(r"^ +start_pfn: *(\d+)", ZONES.read_text(), re.MULTILINE)))
 
 
 def _available() -> int:
