@@ -18,6 +18,7 @@ static pthread_mutex_t install_lock = PTHREAD_MUTEX_INITIALIZER;
 static _Atomic unsigned int users;
 static _Atomic(uffd_sigbus_resolver) resolver;
 static _Atomic(uffd_sigbus_escape) escape;
+static _Atomic(uffd_sigbus_explainer) explainer;
 static struct sigaction previous;
 /*
  * The action before our first installation.  If another action was installed over ours
@@ -81,6 +82,7 @@ static void on_sigbus(int number, siginfo_t *info, void *context)
 	uint64_t error = (uint64_t)((ucontext_t *)context)->uc_mcontext.gregs[REG_ERR];
 	uffd_sigbus_resolver resolve = atomic_load(&resolver);
 	uffd_sigbus_escape leave = atomic_load(&escape);
+	uffd_sigbus_explainer explain = atomic_load(&explainer);
 	int saved_errno = errno;
 
 	/*
@@ -92,6 +94,8 @@ static void on_sigbus(int number, siginfo_t *info, void *context)
 	} else {
 		if (leave)
 			leave(info, context);
+		if (explain && info->si_code > 0)
+			explain(address);
 		pass_on(number, info, context);
 	}
 	errno = saved_errno;
@@ -173,6 +177,18 @@ void uffd_sigbus_release(bool to_original)
 	pthread_mutex_unlock(&install_lock);
 }
 
+int uffd_sigbus_explain(uffd_sigbus_explainer explain)
+{
+	int r;
+
+	pthread_mutex_lock(&install_lock);
+	r = install();
+	if (r == 0 && !atomic_exchange(&explainer, explain))
+		atomic_fetch_add(&users, 1);	/* which never ends */
+	pthread_mutex_unlock(&install_lock);
+	return r;
+}
+
 /*
  * Asking the kernel for the current action costs a fifth of a short access.  An action
  * installed over ours is called first for accesses within this time.
@@ -203,5 +219,5 @@ void uffd_sigbus_leave(void)
 void uffd_sigbus_forget_parent(void)
 {
 	pthread_mutex_init(&install_lock, NULL);
-	atomic_store(&users, 0);
+	atomic_store(&users, atomic_load(&explainer) ? 1 : 0);
 }

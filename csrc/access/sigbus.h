@@ -25,6 +25,13 @@ typedef void (*uffd_sigbus_escape)(const siginfo_t *info, const void *context);
 void uffd_sigbus_enter(uffd_sigbus_escape escape);
 void uffd_sigbus_leave(void);
 
+/*
+ * From now on our action stays installed, and calls this in the signal handler before a
+ * SIGBUS goes to the previous action.
+ */
+typedef void (*uffd_sigbus_explainer)(uint64_t address);
+int uffd_sigbus_explain(uffd_sigbus_explainer explainer);
+
 /* Whether the process's SIGBUS action is ours; install it again. */
 int uffd_sigbus_is_installed(void);
 int uffd_sigbus_reinstall(void);

@@ -95,6 +95,13 @@ def unguard() -> None:
     lib.uffd_shim_unguard()
 
 
+def note_ended(start: int, length: int, fd: int) -> None:
+    """Have the process's first SIGBUS in this range explained by one line on descriptor `fd`."""
+    code = lib.uffd_shim_note_ended(start, length, fd)
+    if code:
+        raise_errno("note what is served no longer", -code, start, length)
+
+
 def raise_lost(op: str, address: int) -> NoReturn:
     """Raise the exception for an access that met SIGBUS."""
     from pyuffd._lost import lost_error  # a circle; loaded with pyuffd.regions

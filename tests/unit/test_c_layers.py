@@ -23,7 +23,7 @@ FLOORS = [
     {"watch/waiters"},
     {"watch/words"},
     {"watch/watch"},
-    {"uffd_owned", "access/access"},
+    {"uffd_owned", "access/access", "access/ended"},
     {"dirty/ranges", "remote/cold", "remote/maps", "remote/thread"},
     {"dirty/drops", "dirty/round", "remote/memory", "remote/pins", "remote/trace", "remote/frame"},
     {"remote/inject", "remote/registers", "snapshot/image"},

@@ -7,11 +7,13 @@ import logging
 import os
 import time
 import weakref
+from contextlib import suppress
 
 from pyuffd._closing import alive
 from pyuffd._describe import log_error
-from pyuffd._errors import HandlerError, HelperLostError
+from pyuffd._errors import HandlerError, HelperLostError, UffdOSError
 from pyuffd._latch import is_held_here
+from pyuffd._memory import note_ended
 from pyuffd.handlers._aftermath import (
     completed,
     describe,
@@ -24,7 +26,7 @@ from pyuffd.handlers._base import HandlerBase
 from pyuffd.handlers._checks import check_timeout, handler_error
 from pyuffd.handlers._ending import LOOK_S, Ending, refuse_sources_thread
 from pyuffd.handlers._engine import Engine
-from pyuffd.handlers._types import Ended, known_failure
+from pyuffd.handlers._types import Ended, SourceKind, known_failure
 from pyuffd.handlers.process._remote import RemoteEngine
 
 log = logging.getLogger(__name__)
@@ -196,6 +198,16 @@ class Stops(HandlerBase):
             waited_s=time.monotonic() - began,
         )
 
+    def _note_exit(self) -> None:
+        """Have a SIGBUS explained that a thread gets which outlives the interpreter."""
+        if self._pid != os.getpid() or self._options["say_fd"] < 0:
+            return
+        for served in list(self._served.values()):
+            if served.is_here and served.kind is not SourceKind.ZERO:
+                for start, length in served.spans():
+                    with suppress(UffdOSError):  # a line is less than the end of the handler
+                        note_ended(start, length, self._options["say_fd"])
+
     def _stand_in_for(self, engine: Backend) -> Engine:
         """Return an engine of this process that poisons the ranges of a lost helper."""
         if not isinstance(engine, RemoteEngine):
@@ -234,6 +246,7 @@ unstopped: weakref.WeakSet[Stops] = weakref.WeakSet()
 def _stop_all() -> None:
     for handler in alive(unstopped):
         try:
+            handler._note_exit()
             handler.stop()
         except HandlerError as error:
             log.error("pyuffd: at exit: %r: %s", handler, error)
