@@ -75,6 +75,18 @@ def check_int(name: str, value: object, least: int | None = None, below: int = W
     return value
 
 
+def check_bools(**values: object) -> None:
+    """Raise TypeError for a value that is neither True nor False, by whatever type says so.
+
+    The truth of anything else is seldom what was meant: that of "no" is true.
+    """
+    for name, value in values.items():
+        if isinstance(value, int) and value in (0, 1):
+            continue
+        if type(value).__name__ not in ("bool", "bool_"):  # numpy's
+            raise TypeError(f"{name} must be True or False, not {shown(value)}")
+
+
 def check_choice(name: str, value: object, known: Collection[str]) -> None:
     """Raise ValueError for a word that is not one of these."""
     if value not in known:

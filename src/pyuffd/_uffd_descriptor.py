@@ -10,7 +10,7 @@ from typing import Self
 
 from pyuffd import _diagnose, lowlevel
 from pyuffd._abi import USER_MODE_ONLY, Feature, Ioctl
-from pyuffd._arguments import check_fd, check_flags, check_pid
+from pyuffd._arguments import check_bools, check_fd, check_flags, check_pid
 from pyuffd._closing import CloseCallbacks
 from pyuffd._errors import (
     ClosedError,
@@ -42,6 +42,7 @@ class UffdDescriptor(CloseCallbacks):
         nonblocking: bool = True,
     ) -> None:
         check_flags("features", features, Feature)
+        check_bools(user_mode_only=user_mode_only, nonblocking=nonblocking)
         flags = os.O_CLOEXEC | (os.O_NONBLOCK if nonblocking else 0)
         if user_mode_only:
             flags |= USER_MODE_ONLY

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Self
 
-from pyuffd._arguments import check_int, shown
+from pyuffd._arguments import check_bools, check_int, shown
 from pyuffd._closing import SoleOwner
 from pyuffd._describe import counted
 from pyuffd._errors import ClosedError, ProcessGoneError
@@ -277,6 +277,7 @@ class _Sending:
     ) -> None:
         if isinstance(uffd, type) or not hasattr(uffd, "_note_sent"):
             raise TypeError(f"uffd must be a Userfaultfd, not {shown(uffd)}")
+        check_bools(memory=memory)
         ranges, fds = described(regions, memory)
         message = bytearray(HEADER.pack(MAGIC, VERSION, RANGE.size, len(ranges), 1 + len(fds)))
         for each in ranges:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 
-from pyuffd._arguments import check_path
+from pyuffd._arguments import check_bools, check_path
 from pyuffd._describe import counted
 from pyuffd._errors import CriuError
 from pyuffd._pages import PAGE_SIZE
@@ -95,6 +95,7 @@ class Images:
 
     def __init__(self, folder: str | os.PathLike[str], *, is_remote: bool = False) -> None:
         self.folder: str = check_path("folder", folder)
+        check_bools(is_remote=is_remote)
         self.is_remote = is_remote
         self.has_long_counts: bool = False
         self.tasks: dict[int, TaskImage] = {}
@@ -131,6 +132,7 @@ class Images:
 
     def advise(self, *, will_need: bool = True) -> None:
         """Tell the kernel that the pages files will be read, or that they were."""
+        check_bools(will_need=will_need)
         advice = os.POSIX_FADV_WILLNEED if will_need else os.POSIX_FADV_DONTNEED
         paths = {
             run.path

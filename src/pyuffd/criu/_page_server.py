@@ -13,7 +13,7 @@ from collections import deque
 from contextlib import suppress
 from typing import Literal
 
-from pyuffd._arguments import check_choice, check_int, check_seconds
+from pyuffd._arguments import check_bools, check_choice, check_int, check_seconds
 from pyuffd._closing import Closing
 from pyuffd._errors import ClosedError, CriuError
 from pyuffd._latch import Latch
@@ -337,6 +337,7 @@ def tls_context(
     Raises:
         OSError: a file cannot be read; ssl.SSLError if it is not what it should be.
     """
+    check_bools(verifies_name=verifies_name)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(cacert)
     if cacrl is not None:

@@ -15,7 +15,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 
-from pyuffd._arguments import check_int, check_path, check_seconds
+from pyuffd._arguments import check_bools, check_int, check_path, check_seconds
 from pyuffd._closing import Closing
 from pyuffd._describe import described, log_error, short_repr
 from pyuffd._errors import ClosedError, CriuError, UffdError
@@ -174,6 +174,7 @@ class LazyPages(Closing):
         Args:
             now: Do not wait for them: pages that have not been filled are poisoned.
         """
+        check_bools(now=now)
         os.eventfd_write(self._refusing.number, 1)
         if now:
             os.eventfd_write(self._ended.number, 1)

@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 
 from pyuffd import _dirty_calls as calls
 from pyuffd._abi import Feature
-from pyuffd._arguments import shown
+from pyuffd._arguments import check_bools, shown
 from pyuffd._closing import Closing
 from pyuffd._dropped import close_dropped
 from pyuffd._errors import ClosedError, UffdError, UnsupportedFeatureError, raise_errno
@@ -126,6 +126,7 @@ class DirtyTracker(Closing):
         method: MethodName = "auto",
         watch_drops: bool = False,
     ) -> None:
+        check_bools(watch_drops=watch_drops)
         if method not in _METHODS:
             raise ValueError(f"method {shown(method)} is not one of {', '.join(_METHODS)}")
         self._lock = threading.RLock()

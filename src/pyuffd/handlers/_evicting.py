@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from pyuffd._abi import Feature, RegisterMode
+from pyuffd._arguments import check_bools
 from pyuffd._errors import UffdOSError, raise_errno
 from pyuffd._latch import is_held_here
 from pyuffd._pages import RangeLike
@@ -134,6 +135,7 @@ class EvictsPages(HandlerBase):
             ...     handler.evict(region, write_back=write_back), store[:3], region.read(0, 3)
             (4096, bytearray(b'new'), b'new')
         """
+        check_bools(written_only=written_only)
         if write_back is None and written_only:
             raise ValueError("written_only needs a write_back: without one all pages are dropped")
         engine, served, first, pages = self._pages(region, offset, length)

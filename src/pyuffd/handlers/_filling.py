@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pyuffd import _memory
 from pyuffd._abi import RegisterMode
-from pyuffd._arguments import check_buffer, check_fd, check_int, shown
+from pyuffd._arguments import check_bools, check_buffer, check_fd, check_int, shown
 from pyuffd._describe import repr_of
 from pyuffd._errors import UffdOSError
 from pyuffd._open_files import Reader, check_open_file, read_stream, reader_of
@@ -321,6 +321,7 @@ class FillsPages(HandlerBase):
             )
         if keep_protected is None:
             return False
+        check_bools(keep_protected=keep_protected)
         if keep_protected and not served.mode & RegisterMode.WP:
             raise ValueError(
                 f"keep_protected: the range at {served.id.start:#x} is not served for WP"

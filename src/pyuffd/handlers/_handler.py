@@ -15,7 +15,7 @@ from threading import RLock
 from types import TracebackType
 from typing import Self
 
-from pyuffd._arguments import check_int
+from pyuffd._arguments import check_bools, check_int
 from pyuffd._closing import Closing
 from pyuffd._describe import counted
 from pyuffd._dropped import close_dropped
@@ -162,6 +162,7 @@ class Handler(ServesMany, FillsPages, TracksWrites, EvictsPages, HoldsFaults, St
         self._ending = None
         self._ending_lock = RLock()
         refuse_while_loading()
+        check_bools(autostart=autostart)
         self._cpus = check_cpus(cpus)
         self.driver: Driver = choose_driver(driver, uffd)
         check_uffd(self.driver, uffd)

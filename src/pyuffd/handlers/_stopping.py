@@ -9,6 +9,7 @@ import time
 import weakref
 from contextlib import suppress
 
+from pyuffd._arguments import check_bools
 from pyuffd._closing import alive
 from pyuffd._describe import log_error
 from pyuffd._errors import HandlerError, HelperLostError, UffdOSError
@@ -71,6 +72,7 @@ class Stops(HandlerBase):
             once, and a thread finishes stopping.
         """
         limit_s = check_timeout(timeout_s)
+        check_bools(drain=drain)
         if self._pid != os.getpid():
             return  # before the lock, which a thread of the parent may have held at the fork
         self._refuse_sources_thread()

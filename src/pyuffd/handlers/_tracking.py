@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pyuffd._abi import RegisterMode
+from pyuffd._arguments import check_bools
 from pyuffd._latch import is_held_here
 from pyuffd._pages import RangeLike
 from pyuffd.handlers._base import HandlerBase
@@ -208,6 +209,7 @@ class TracksWrites(HandlerBase):
         Kernel: process_vm_readv(2) for another process's memory, UFFDIO_WRITEPROTECT(2const).  GIL:
         released.  Threads: safe.  Blocks: until the pages are copied.
         """
+        check_bools(keep_protected=keep_protected)
         engine, served, first, pages = self._pages(region, offset, length)
         size = served.page_size
         if served.preserves and not served.was_protected:

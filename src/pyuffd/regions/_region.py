@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Self
 
 from pyuffd import _machine, _memory
-from pyuffd._arguments import check_buffer, check_int, shown
+from pyuffd._arguments import check_bools, check_buffer, check_int, shown
 from pyuffd._errors import PagePoisonedError, raise_errno
 from pyuffd._pages import PAGE_SIZE, check_aligned, round_down
 from pyuffd.regions import _create, _files
@@ -110,6 +110,7 @@ class Region(Divisible):
             cannot fail for lack of one.
         GIL: released.  Threads: safe.  Blocks: no.
         """
+        check_bools(noreserve=noreserve)
         return cls(_create.anonymous(length, huge_page_size, noreserve=noreserve))
 
     @classmethod
@@ -139,6 +140,7 @@ class Region(Divisible):
         Kernel: memfd_create(2).
         GIL: released.  Threads: safe.  Blocks: no.
         """
+        check_bools(shared=shared, seal=seal, noreserve=noreserve)
         return cls(
             _create.memfd(
                 length,
@@ -166,6 +168,7 @@ class Region(Divisible):
 
         GIL: released.  Threads: safe.  Blocks: with `reserve`, until all of it is allocated.
         """
+        check_bools(reserve=reserve, unlink=unlink)
         mapping = _create.shm(name, length, reserve=reserve)
         return mapping.name.settle(unlink, cls(mapping))  # a failure before removes a new file
 
@@ -195,6 +198,7 @@ class Region(Divisible):
 
         GIL: released.  Threads: safe.  Blocks: no.
         """
+        check_bools(shared=shared, unlink=unlink, noreserve=noreserve)
         mapping = _create.hugetlbfs(path, length, shared=shared, noreserve=noreserve)
         return mapping.name.settle(unlink, cls(mapping))
 
@@ -241,6 +245,7 @@ class Region(Divisible):
 
         GIL: released.  Threads: safe.  Blocks: with `reserve`, until all of it is allocated.
         """
+        check_bools(shared=shared, writable=writable, reserve=reserve, noreserve=noreserve)
         return cls(
             _create.file(
                 file,
@@ -427,6 +432,7 @@ class Region(Divisible):
 
         GIL: released.  Threads: safe.  Blocks: until the faults that it causes are resolved.
         """
+        check_bools(write=write)
         accesses = self._begin_access()
         try:
             at, length = self._access(offset, length, write=write)
@@ -531,6 +537,7 @@ class Region(Divisible):
             /sys/kernel/mm/transparent_hugepage/shmem_enabled decides whether they have an effect.
         GIL: released.  Threads: safe.  Blocks: no.
         """
+        check_bools(enable=enable)
         if self.page_size != PAGE_SIZE:
             raise ValueError(f"{self!r} is hugetlb memory, which has no transparent huge pages")
         self.madvise(mmap.MADV_HUGEPAGE if enable else mmap.MADV_NOHUGEPAGE, offset, length)

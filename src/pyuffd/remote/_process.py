@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pyuffd import _remote_calls as calls
 from pyuffd._abi import Feature
-from pyuffd._arguments import check_buffer, check_descriptor, check_int, check_pid, shown
+from pyuffd._arguments import (
+    check_bools,
+    check_buffer,
+    check_descriptor,
+    check_int,
+    check_pid,
+    shown,
+)
 from pyuffd._closing import Closing
 from pyuffd._errors import (
     ClosedError,
@@ -222,6 +229,7 @@ class Process(Closing):
 
         GIL: released.  Threads: safe.  Blocks: no.
         """
+        check_bools(details=details)
         found = self._read(lambda: read_mappings(self._maps.number, self.pid, self._kinds))
         return with_details(found, self.memory_tid) if details else found
 
@@ -402,6 +410,7 @@ class Process(Closing):
         """
         from pyuffd.remote import _attach
 
+        check_bools(user_mode_only=user_mode_only)
         self.fileno()
         uffd, self._attached = _attach.attach(
             self, features, user_mode_only=user_mode_only, limit_s=timeout_s

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from pyuffd import _dirty_calls as ranges
-from pyuffd._arguments import check_seconds, shown
+from pyuffd._arguments import check_bools, check_seconds, shown
 from pyuffd._errors import ProcessGoneError, SnapshotError, UffdOSError, raise_errno
 from pyuffd.dirty import DirtyTracker
 from pyuffd.pagemap import PageRanges
@@ -154,6 +154,7 @@ def write_core(
     """
     if method not in METHODS:
         raise ValueError(f"method {shown(method)} is not one of {', '.join(METHODS)}")
+    check_bools(full=full, durable=durable)
     if max_stall_s is not None:
         max_stall_s = check_seconds("max_stall_s", max_stall_s)
         if not max_stall_s:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyuffd._arguments import check_int, check_rate, check_seconds, shown
+from pyuffd._arguments import check_bools, check_int, check_rate, check_seconds, shown
 from pyuffd._pages import RangeLike
 from pyuffd.dirty import DirtyTracker, _rows
 from pyuffd.snapshot import _sums
@@ -107,6 +107,7 @@ def checked(
         raise TypeError(f"progress must be a function, not {shown(progress)}")
     if tracker is not None and (method not in ("auto", "precopy") or tracker.method != "wp-async"):
         raise ValueError("tracker: needs method='precopy' or 'auto', and one that is wp-async")
+    check_bools(durable=durable)
     check_rate(rate)
     check_int("rounds", rounds, 1)
     if compress is not None:

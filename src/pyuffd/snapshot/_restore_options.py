@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from pyuffd._arguments import check_choice, check_int, check_rate, shown
+from pyuffd._arguments import check_bools, check_choice, check_int, check_rate, shown
 from pyuffd._recording import Until, check_until
 from pyuffd._working_set import WorkingSet
 from pyuffd.handlers import Handler
@@ -53,6 +53,7 @@ def checked(
     record_until: Until = "settled",
 ) -> Options:
     """Check options; ValueError before anything happens."""
+    check_bools(paused=paused)
     for name, value, known in (
         ("mode", mode, MODES),
         ("gaps", gaps, GAPS),

@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable
 
+from pyuffd._arguments import check_bools
 from pyuffd._pages import RangeLike
 from pyuffd._recording import Until
 from pyuffd._uffd import Userfaultfd
@@ -190,6 +191,7 @@ class Snapshot(Opened):
             UffdOSError: ENOSPC, EDQUOT, EIO, EFBIG - writing failed; `filename` is the file.
             OSError: the directory cannot be created, or a file cannot be read.
         """
+        check_bools(durable=durable)
         return _flatten.flatten(self._checked(), path, durable=durable, progress=progress)
 
     def write_core(
@@ -228,6 +230,7 @@ class Snapshot(Opened):
 
         GIL: released while reading and writing.  Blocks: until it is written.
         """
+        check_bools(durable=durable)
         return _core_from.write_core(
             self._checked(), os.fspath(path), durable=durable, progress=progress
         )
