@@ -36,6 +36,7 @@ from tests._child import run_child
 from tests._image_reader import ABSENT, LOST, PAGE, SHARED, Reader
 from tests._memory import memory_of, memory_params
 from tests._random_images import Images
+from tests.process._core import Core
 
 pytestmark = needs(Feature.MINOR_SHMEM | Feature.EVENT_REMOVE | Feature.POISON)
 SEED = int(os.environ.get("PYUFFD_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
@@ -181,7 +182,9 @@ class Case:
             if self.mode == "copy" and "record" not in self.options and self._rng.random() < 0.2:
                 uffd = open_.enter_context(Userfaultfd(features=Feature.EVENT_REMOVE))
                 driver: Any = "process" if self._is_packed else "native"
-                self.options["handler"] = open_.enter_context(Handler(uffd, driver=driver))
+                workers = self._rng.choice((1, 3))
+                handler = open_.enter_context(Handler(uffd, driver=driver, workers=workers))
+                self.options["handler"] = handler
             try:
                 restore = self._snapshot.restore(pairs, **self.options)
             except ValueError as error:
@@ -272,6 +275,9 @@ def taken(seed: int, name: str) -> list[str | None]:
         Changing(seed) as process,
         Process(process.pid) as target,
     ):
+        # Snapshots of the whole process have registers, which a core needs.
+        is_whole = rng.random() < 0.3
+        parts = [Part(start, len(content)) for start, content in process.areas]
         for number in range(rng.choice((1, 2, 3))):
             process.change()
             path = Path(folder) / str(number)
@@ -279,7 +285,8 @@ def taken(seed: int, name: str) -> list[str | None]:
                 target,
                 path,
                 method=rng.choice(("stopped", "cow", "precopy")),
-                ranges=[Part(start, len(content)) for start, content in process.areas],
+                ranges=None if is_whole else parts,
+                shared="skip",
                 parent=parent if rng.random() < 0.7 else None,
                 max_stall_s=WAIT_S,  # however busy the machine is
                 durable=False,
@@ -289,6 +296,12 @@ def taken(seed: int, name: str) -> list[str | None]:
                 assert reader.content(start, len(content))[0] == content, hex(start)
             with Snapshot.open(path) as snapshot:
                 read_all(reader, snapshot)
+                if is_whole:
+                    file = path.with_suffix(".core")
+                    snapshot.write_core(file)
+                    with Core(file) as core:
+                        for start, content in process.areas:
+                            assert core.read(start, len(content)) == bytes(content), hex(start)
                 done += [Case(rng, reader, snapshot, name).run() for _ in range(2)]
             parent = path
     return done
