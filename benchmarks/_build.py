@@ -16,6 +16,7 @@ _COMPILE = ("gcc", "-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread
 class Programs:
     """Paths of the programs that were built."""
 
+    arm: str
     attach: str
     fault: str
     fill: str
@@ -35,7 +36,7 @@ def build(directory: Path) -> Programs:
         subprocess.CalledProcessError: it failed; its messages are on standard error.
     """
     common = [str(_C / "bench.c"), str(_C / "toucher.c")]
-    for name in ("attach", "fault", "fill", "rounds", "scan", "tracked", "verbs", "writers"):
+    for name in ("arm", "attach", "fault", "fill", "rounds", "scan", "tracked", "verbs", "writers"):
         subprocess.run(
             [*_COMPILE, str(_C / f"{name}.c"), *common, "-o", str(directory / name)], check=True
         )
@@ -44,6 +45,7 @@ def build(directory: Path) -> Programs:
         [*_COMPILE, "-shared", "-fPIC", str(_C / "toucher.c"), "-o", str(toucher)], check=True
     )
     return Programs(
+        arm=str(directory / "arm"),
         attach=str(directory / "attach"),
         fault=str(directory / "fault"),
         fill=str(directory / "fill"),

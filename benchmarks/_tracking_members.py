@@ -67,6 +67,21 @@ class _Memory:
         return wall_ns, array("Q", [max(0, _private() - self._before)])
 
 
+class _Open:
+    """Open and close a tracker; the samples are how long each of the two takes."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._process = Process(args.pid)
+
+    def round(self) -> Answer:
+        begin_ns = time.perf_counter_ns()
+        tracker = DirtyTracker(self._process)
+        opened_ns = time.perf_counter_ns()
+        tracker.close()
+        closed_ns = time.perf_counter_ns()
+        return closed_ns - begin_ns, array("Q", [opened_ns - begin_ns, closed_ns - opened_ns])
+
+
 def _private() -> int:
     return int(psutil.Process(os.getpid()).memory_full_info().uss)
 
@@ -80,6 +95,9 @@ def _arguments() -> argparse.Namespace:
     attach.add_argument("pid", type=int)
     attach.add_argument("file")
     attach.add_argument("repeats", type=int)
+    opened = ways.add_parser("open")
+    opened.set_defaults(member=_Open)
+    opened.add_argument("pid", type=int)
     memory = ways.add_parser("memory")
     memory.set_defaults(member=_Memory)
     memory.add_argument("pid", type=int)

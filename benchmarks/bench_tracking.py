@@ -31,6 +31,8 @@ _MODULE = "_tracking_members"
 _MIB = 1 << 20
 _MAPPINGS = 10_000
 _PAGES = 8
+#: Nearly as many as a process may have (vm.max_map_count).
+_MANY_MAPPINGS = 60_000
 #: One page in this many is written before a round.
 _DIRTY_STEP = 10
 _ATTACHES = 50
@@ -46,6 +48,7 @@ _WRITTEN_PAGES = 1000
 def run(setup: Setup) -> Iterator[Row | Skipped]:
     """Yield the rows of mappings, of redis, of attaching, and of memory."""
     yield _mappings(setup)
+    yield from _opening(setup)
     yield from _redis(setup)
     yield from _attach(setup)
     yield from _memory(setup)
@@ -121,6 +124,24 @@ def _mappings(setup: Setup) -> Row:
         unit="ms",
         target=Target("<=", 2),
     )
+
+
+def _opening(setup: Setup) -> Iterator[Row]:
+    """Yield what it costs to begin to track a process with very many mappings, and to end that."""
+    count = _MANY_MAPPINGS // 10 if setup.quick else _MANY_MAPPINGS
+    with _tracked(setup, "mappings", count, 1) as target:
+        found = run_pairs(
+            command(setup.programs.arm, count),
+            setup.member("open", target.popen.pid, module=_MODULE),
+            setup.rounds,
+        )
+    for index, ours, base in (
+        (0, "opening a tracker", "registering, protecting and reading smaps"),
+        (1, "closing it", "unregistering"),
+    ):
+        pairs = [(a.samples[index] / 1e6, b.samples[index] / 1e6) for a, b in found]
+        name = f"{count} mappings: {ours} / {base} by C"
+        yield ratio_row(name, pairs, unit="ms", target=Target("<=", 2))
 
 
 def _redis(setup: Setup) -> Iterator[Row | Skipped]:

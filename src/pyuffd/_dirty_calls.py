@@ -5,8 +5,11 @@ Everything is packed and in ascending order. Every call releases the GIL.
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from pyuffd._enums import Number
@@ -17,10 +20,13 @@ from pyuffd._shim import ffi, lib
 
 PEEK = lib.UFFD_ROUND_PEEK
 HOLES_APART = lib.UFFD_ROUND_HOLES_APART
+# Mappings that are registered, unregistered or scanned by one call.
+AT_ONCE = lib.UFFD_ARM_AT_ONCE
 
 NO_RANGES = memoryview(b"").cast("Q")
 
 _WORDS = 3  # of a range
+_TRACKED_WORDS, _TRACKED_ERROR = 7, 5  # of a `struct uffd_tracked`
 # Each set has an object of its own until it becomes a part of a larger one.
 _GATHERED_MOST = 4096
 
@@ -56,18 +62,37 @@ class Backing(Number):
 class TrackedRows:
     """The mappings that a round scans: (start, end, track, backing, userfaultfd), in C memory."""
 
-    def __init__(self, rows: list[tuple[int, int, Track, Backing, int]]) -> None:
-        self._count = len(rows)
-        self._vec: Any = ffi.new("struct uffd_tracked[]", [(*row, 0, 0) for row in rows])
+    def __init__(self, rows: Iterable[tuple[int, int, Track, Backing, int]]) -> None:
+        words = array("Q", chain.from_iterable((*row, 0, 0) for row in rows))
+        self._count = len(words) // _TRACKED_WORDS
+        # The constructor of cffi is slow with many rows.
+        self._vec: Any = ffi.new("struct uffd_tracked[]", self._count)
+        ffi.buffer(self._vec)[:] = words.tobytes()
 
     def __len__(self) -> int:
         return self._count
 
+    def register(self) -> None:
+        """Register all for write protection; `errors()` tells afterwards which were refused."""
+        lib.uffd_arm_register(self._vec, self._count)
+
+    def protect(self, uffd: int) -> bool:
+        """Protect those that were registered, with a userfaultfd of their process.
+
+        Returns:
+            Whether all of them are protected: part of the memory may be gone.
+        """
+        return bool(lib.uffd_arm_protect(uffd, self._vec, self._count) == 0)
+
+    def unregister(self) -> None:
+        """Unregister all; `errors()` tells afterwards of which mappings nothing was."""
+        lib.uffd_arm_unregister(self._vec, self._count)
+
     def errors(self) -> list[tuple[int, int]]:
-        """Return index and errno of each mapping whose last scan failed."""
+        """Return index and errno of each mapping that the last call has failed for."""
         if not self._count:
             return []
-        words = memoryview(ffi.buffer(self._vec)).cast("Q")[5::7]
+        words = memoryview(ffi.buffer(self._vec)).cast("Q")[_TRACKED_ERROR::_TRACKED_WORDS]
         if not words.tobytes().strip(b"\0"):
             return []  # nearly always, and there may be many
         return [(index, code) for index, code in enumerate(words) if code]

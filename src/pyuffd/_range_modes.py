@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import itemgetter
 
 from pyuffd._abi import RegisterMode
@@ -85,6 +85,26 @@ class RangeModes:
         ordered = sorted(rows, key=_start_of)
         self._replace(ordered[0][0], ordered[-1][1], lambda known: ordered)
 
+    def set_all(self, spans: Sequence[tuple[int, int]], mode: RegisterMode) -> None:
+        """Do what `set` does for many ranges, in ascending order, that do not overlap."""
+
+        def with_mode(known: list[_Row]) -> list[_Row]:
+            rows = [(start, end, mode) for start, end in spans]
+            kept = [row for row in known if is_subset(mode, row[2])]
+            replaced = [row for row in known if not is_subset(mode, row[2])]
+            return sorted(
+                [*kept, *_without(replaced, spans), *_without(rows, [row[:2] for row in kept])],
+                key=_start_of,
+            )
+
+        if spans:
+            self._replace(spans[0][0], spans[-1][1], with_mode)
+
+    def clear_all(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Do what `clear` does for many ranges, in ascending order, that do not overlap."""
+        if spans:
+            self._replace(spans[0][0], spans[-1][1], lambda known: list(_without(known, spans)))
+
     def clear(self, start: int, end: int) -> None:
         """Remove [start, end), cutting ranges that extend beyond it."""
         self._replace(start, end, lambda known: [])
@@ -109,6 +129,22 @@ class RangeModes:
         if last and last[0][1] > start:
             first -= 1
         return slice(first, bisect_left(self._rows, end, key=_start_of))
+
+
+def _without(rows: Iterable[_Row], spans: Sequence[tuple[int, int]]) -> Iterator[_Row]:
+    """Yield the parts of rows that lie outside of spans; both are in ascending order."""
+    first = 0
+    for start, end, mode in rows:
+        while first < len(spans) and spans[first][1] <= start:
+            first += 1
+        at = first
+        while at < len(spans) and spans[at][0] < end:
+            if start < spans[at][0]:
+                yield start, spans[at][0], mode
+            start = spans[at][1]
+            at += 1
+        if start < end:
+            yield start, end, mode
 
 
 _Row = tuple[int, int, RegisterMode]

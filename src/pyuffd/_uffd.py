@@ -25,6 +25,7 @@ from pyuffd._errors import LayoutChangedError, UffdOSError
 from pyuffd._event_claims import EventClaims, Owner
 from pyuffd._events import MESSAGE_SIZE, PlainEvent, fork_fd, message_code, parse_event
 from pyuffd._left import check_target
+from pyuffd._left import is_any as is_any_left
 from pyuffd._owned import Descriptor
 from pyuffd._pages import RangeLike, checked_range
 from pyuffd._range_modes import is_subset
@@ -32,7 +33,7 @@ from pyuffd._uffd_fill import UffdFill
 from pyuffd._watch import Watch
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
 READ_MOST = 1 << 16  # messages at once; 2 MiB are zeroed for them
 READ_BATCH = 64  # messages per read(2), 2 KiB
@@ -139,14 +140,8 @@ class Userfaultfd(UffdFill):
         if not mode:
             raise ValueError("register needs at least one mode")
         fd = self.fileno()
-        check_target(start, length, self._memory_key)
-        owner = self._claims.owner
-        if owner is not None:
-            # A handler's own call, which has `granted`, has looked at that already.
-            served = owner._served_mode(self, start, length) if granted is None else None
-            if served is not None and not is_subset(mode, served):
-                raise self._served_by(owner, "register", start, length, "serve it again")
-            owner._registers(self, start, length)
+        # A handler's own call, which has `granted`, has looked at what is served already.
+        self._before_register(start, length, mode, is_handlers=granted is not None)
         protects = bool(int(mode) & RegisterMode.WP.value)
         if not protects:
             for first, end, old in self._registered.overlapping(start, start + length):
@@ -163,6 +158,19 @@ class Userfaultfd(UffdFill):
         if protects:
             _fork_writes.track(self)
         return ioctls
+
+    def _before_register(
+        self, start: int, length: int, mode: RegisterMode, *, is_handlers: bool = False
+    ) -> None:
+        """Refuse a range that a handler serves, or threads left behind; tell the handler of it."""
+        check_target(start, length, self._memory_key)
+        owner = self._claims.owner
+        if owner is None:
+            return
+        served = None if is_handlers else owner._served_mode(self, start, length)
+        if served is not None and not is_subset(mode, served):
+            raise self._served_by(owner, "register", start, length, "serve it again")
+        owner._registers(self, start, length)
 
     def unregister(self, range_or_start: RangeLike | int, length: int | None = None) -> None:
         """Unregister a range: protection is lifted, and threads that wait continue.
@@ -231,6 +239,31 @@ class Userfaultfd(UffdFill):
         self._registered.clear(start, start + length)
         if not self._registered:
             self._watch.end()
+
+    # Many ranges, which a C function registers and unregisters. They are (start, end), in ascending
+    # order, and do not overlap.
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether `_before_register` has nothing to look at."""
+        return self._claims.owner is None and not is_any_left()
+
+    def _note_all_protected(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Note ranges that were registered for WP."""
+        if spans:
+            self._registered.set_all(spans, RegisterMode.WP)
+            self._update_watch()
+            _fork_writes.track(self)
+
+    def _note_all_unregistered(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Note ranges that were unregistered."""
+        self._registered.clear_all(spans)
+        if not self._registered:
+            self._watch.end()
+        owner = self._claims.owner
+        if owner is not None:
+            for start, end in spans:
+                owner._unregistered(self, start, end - start)
 
     def wake(self, range_or_start: RangeLike | int, length: int | None = None) -> None:
         """Let every thread that waits in the range try its access again.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy
@@ -25,12 +25,14 @@ from pyuffd import (
     _memory,
     _vmas,
 )
-from pyuffd._dirty_calls import Track
+from pyuffd import _dirty_calls as calls
+from pyuffd._dirty_calls import Track, TrackedRows
 from pyuffd.dirty import Mapped, Unmapped, _async, _rows
 from pyuffd.testing import needs
 from pyuffd.testing._needs import needs_kernel_faults
 from tests._child import run_child
 from tests._memory import PAGE, Memory, memory_of, memory_params
+from tests._tracked import note_runs
 from tests.kernel._dirty_oracle import ANON, MAP_FIXED, MREMAP_MAYMOVE_FIXED, call
 
 pytestmark = needs(Feature.WP_ASYNC | Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM)
@@ -272,18 +274,20 @@ def replaced_while_a_round_ends() -> None:
         _memory.mmap(2 * PAGE, READ_WRITE, FIXED, address=place)
         file = os.memfd_create("private")
         os.ftruncate(file, 2 * PAGE)
-        registered = _async.AsyncMethod._registered
+        register = _async.AsyncMethod._register
 
-        def replace(self: _async.AsyncMethod, rows: Iterable[_rows.Row]) -> list[_rows.Row]:
+        def replace(
+            self: _async.AsyncMethod, rows: list[_rows.Row]
+        ) -> tuple[list[_rows.Row], TrackedRows]:
             if not written:
                 _memory.mmap(2 * PAGE, READ_WRITE, mmap.MAP_PRIVATE | 0x10, file, address=place)
                 region.write(2 * PAGE, b"new")
                 written.append(2)
-            return registered(self, rows)
+            return register(self, rows)
 
         written = list[int]()
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(_async.AsyncMethod, "_registered", replace)
+            patched.setattr(_async.AsyncMethod, "_register", replace)
             tracker.collect().commit()
         assert written == [2]
         with tracker.collect() as round_:
@@ -397,6 +401,27 @@ def test_a_userfaultfd_and_its_ranges() -> None:
             other.unregister(region)
 
 
+@pytest.mark.parametrize("is_split", [False, True])
+def test_a_userfaultfd_after_others_came_between(is_split: bool) -> None:
+    """The kernel unregisters nothing of a range that another userfaultfd has a part of."""
+    features = Feature.WP_ASYNC | Feature.WP_UNPOPULATED
+    with (
+        Userfaultfd(features=features) as uffd,
+        Userfaultfd() as other,
+        Userfaultfd() as third,
+        Region.anonymous(4 * PAGE) as region,
+    ):
+        if is_split:  # one mapping of each page
+            for index in range(0, 4, 2):
+                _memory.mprotect(region.start + index * PAGE, PAGE, mmap.PROT_READ)
+        with DirtyTracker(uffd, [region]) as tracker:
+            _memory.mmap(PAGE, READ_WRITE, FIXED, address=region.start + PAGE)
+            other.register(region.start + PAGE, PAGE)
+            assert tracker.blind is not None
+        for index in (0, 2, 3):
+            third.register(region.start + index * PAGE, PAGE)
+
+
 def test_two_trackers_with_one_userfaultfd() -> None:
     """Of a page that both protect, only the first to ask would learn that it was written."""
     features = Feature.WP_ASYNC | Feature.WP_UNPOPULATED
@@ -492,29 +517,30 @@ def test_bad_options() -> None:
             DirtyTracker(region, [region])
 
 
-def test_adjacent_mappings_are_registered_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process may have tens of thousands, and each call costs more than a small scan."""
+@pytest.mark.parametrize("count", [200, 2400])
+def test_adjacent_mappings_are_registered_together(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not all of them: meanwhile the process can map nothing."""
     _async.sees_holes()  # asks the kernel once, with a userfaultfd of its own
-    calls: list[str] = []
-    for name in ("register", "writeprotect", "unregister"):
-        real = getattr(Userfaultfd, name)
+    told: list[tuple[str, list[int]]] = []
 
-        def counted(*args: Any, _name: str = name, _real: Any = real, **kwargs: Any) -> Any:
-            calls.append(_name)
-            return _real(*args, **kwargs)
+    def note(name: str, spans: list[tuple[int, int]]) -> None:
+        told.append((name, [(end - start) // PAGE for start, end in spans]))
 
-        monkeypatch.setattr(Userfaultfd, name, counted)
-    with Region.anonymous(200 * PAGE) as region:
-        for page in range(0, 200, 2):
+    note_runs(monkeypatch, note)
+    with Region.anonymous(count * PAGE) as region:
+        for page in range(0, count, 2):
             region.write(page * PAGE, b"x")
             _memory.mprotect(region.start + (page + 1) * PAGE, PAGE, mmap.PROT_READ)
         with DirtyTracker(region) as tracker:
-            calls_of_start = calls.copy()
-            for page in range(0, 200, 50):
+            for page in range(0, count, 50):
                 region.write(page * PAGE, b"y")
-            assert pages(region, tracker.collect().written) == [0, 50, 100, 150]
-        assert sorted(calls_of_start) == ["register", "writeprotect"]
-        assert calls[-1] == "unregister"
+            assert pages(region, tracker.collect().written) == list(range(0, count, 50))
+        with Userfaultfd() as other:
+            other.register(region)
+    runs = [count] if count <= calls.AT_ONCE else [1000, 1000, 400]
+    assert told == [("register", runs), ("unregister", runs)]
 
 
 def closed_in_a_fork() -> None:

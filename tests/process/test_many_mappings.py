@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from pyuffd import DirtyTracker, Process, Snapshot, _dirty_calls, write_core
-from pyuffd._range_modes import RangeModes
 from pyuffd.snapshot import _capture
 from pyuffd.snapshot._capture import Used
 from tests.process._core import PAGE, Core
@@ -187,37 +186,29 @@ def test_mappings_that_are_new_in_the_stop(
     check_growth(of)
 
 
-class Rows(list[Any]):
-    """Counts the rows that are read in slices and copies."""
-
-    read = 0
-
-    def __getitem__(self, where: Any) -> Any:
-        found = super().__getitem__(where)
-        Rows.read += len(found) if isinstance(where, slice) else 1
-        return found
-
-    def copy(self) -> list[Any]:
-        return list(self[:])
-
-
-def test_opening_and_closing_a_tracker(monkeypatch: pytest.MonkeyPatch) -> None:
-    begin = RangeModes.__init__
-
-    def counting(modes: RangeModes) -> None:
-        begin(modes)
-        modes._rows = Rows()
-
-    monkeypatch.setattr(RangeModes, "__init__", counting)
+def test_opening_and_closing_a_tracker() -> None:
+    """However many mappings there are, they are registered and unregistered by a few C calls."""
 
     def of(count: int) -> int:
-        with many("anonymous", count) as (process, _):
-            before = Rows.read
-            with DirtyTracker(process):
-                pass
-            return Rows.read - before
+        made = 0
 
-    check_growth(of)
+        def called(_frame: object, event: str, function: Any) -> None:
+            nonlocal made
+            made += event == "c_call" and function.__name__.startswith("uffd_")
+
+        with many("anonymous", count) as (process, _):
+            sys.setprofile(called)
+            try:
+                with DirtyTracker(process):
+                    pass
+            finally:
+                sys.setprofile(None)
+        return made
+
+    few = of(FEW)
+    assert 0 < few < FEW
+    # Attaching makes a few more calls, or a few less.
+    assert of(MANY) < few + MANY - FEW
 
 
 def test_mappings_that_are_new_in_a_round(work: list[int]) -> None:

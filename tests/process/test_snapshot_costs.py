@@ -34,6 +34,7 @@ from pyuffd.snapshot._writer import MEMORY, Writer
 from pyuffd.testing import needs_privilege
 from pyuffd.testing._run import SCALE
 from tests._memory import PAGE
+from tests._tracked import note_runs
 from tests.process._counters import counters, new_file
 from tests.process._counters import program as program
 from tests.process.test_snapshot import take, wait_until
@@ -275,8 +276,9 @@ def test_no_call_registers_or_unregisters_all_of_many_mappings(
 
         monkeypatch.setattr(Userfaultfd, name, call)
 
-    noted("register")
-    noted("unregister")
+    for name in spans:
+        noted(name)
+    note_runs(monkeypatch, lambda name, runs: spans[name].extend(runs))
     monkeypatch.setattr(Saver, "arm", armed)
     with many_mappings(2500) as process:
         starts = [m.start for m in process.mappings() if m.kind is ANONYMOUS]

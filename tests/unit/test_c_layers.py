@@ -26,7 +26,7 @@ FLOORS = [
     {"uffd_owned", "access/access", "access/ended"},
     {"dirty/ranges", "remote/cold", "remote/maps", "remote/thread"},
     {"dirty/drops", "dirty/round", "remote/memory", "remote/pins", "remote/trace", "remote/frame"},
-    {"remote/inject", "remote/registers", "snapshot/image"},
+    {"dirty/arm", "remote/inject", "remote/registers", "snapshot/image"},
     {"snapshot/ring", "snapshot/guard", "snapshot/owed", "snapshot/pages", "remote/device"},
     {"snapshot/chain", "snapshot/hot"},
     {"snapshot/saving"},

@@ -46,6 +46,25 @@ def by_page(modes: RangeModes) -> list[RegisterMode | None]:
 
 
 @pytest.mark.parametrize("seed", range(50))
+def test_many_at_once(seed: int) -> None:
+    rng = random.Random(seed)
+    modes, model = RangeModes(), Model()
+    for _ in range(60):
+        edges = sorted(rng.sample(range(PAGES + 1), 2 * rng.randint(0, 4)))
+        spans = list(zip(edges[::2], edges[1::2], strict=True))
+        if rng.random() < 0.25:
+            modes.clear_all(spans)
+            for span in spans:
+                model.clear(*span)
+        else:
+            mode = rng.choice([MISSING, WP, MINOR, MISSING | WP, WP | MINOR, MISSING | WP | MINOR])
+            modes.set_all(spans, mode)
+            for span in spans:
+                model.set(*span, mode)
+        assert by_page(modes) == model.pages
+
+
+@pytest.mark.parametrize("seed", range(50))
 def test_against_the_model(seed: int) -> None:
     rng = random.Random(seed)
     modes, model = RangeModes(), Model()

@@ -14,7 +14,7 @@ from pyuffd import _dirty_calls as calls
 from pyuffd._abi import USER_MODE_ONLY, Feature, PageCategory, RegisterMode
 from pyuffd._diagnose import unexplained
 from pyuffd._dirty_calls import Backing, Track
-from pyuffd._errors import ClosedError, UffdOSError
+from pyuffd._errors import RangeBusyError, UffdOSError
 from pyuffd._opening import probe_api
 from pyuffd._pages import HUGE_PAGE_2M, PAGE_SIZE
 from pyuffd._uffd import Userfaultfd
@@ -33,17 +33,14 @@ NEEDED = Feature.WP_ASYNC
 WANTED = Feature.WP_ASYNC | Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM
 NO_RANGES = calls.NO_RANGES
 _CONTENT = PageCategory.PRESENT | PageCategory.SWAPPED
-_GONE = (errno.ESRCH, errno.ENOMEM)
-
-
-# Mappings registered by one call: meanwhile the process cannot map memory or unmap any. Measured: 2
-# to 5 microseconds for each, also when they are unregistered, and as much when the userfaultfd is
-# closed that they are registered with.
-AT_ONCE = 1000
+_GONE = {errno.ESRCH, errno.ENOMEM}
 
 
 class AsyncMethod:
-    """The mappings of a process inside a scope, registered with a userfaultfd that has WP_ASYNC."""
+    """The mappings of a process inside a scope, registered with a userfaultfd that has WP_ASYNC.
+
+    Whoever made the userfaultfd closes it after this, unless it `is_borrowed`.
+    """
 
     def __init__(
         self,
@@ -51,10 +48,13 @@ class AsyncMethod:
         uffd: Userfaultfd,
         scope: Sequence[Span] | None,
         watch: DropWatch | None = None,
+        *,
+        is_borrowed: bool = False,
     ) -> None:
         self._process = process
         self._uffd = uffd
         self._watch = watch
+        self._is_borrowed = is_borrowed
         self._scope = scope
         self._may_be_dense = sees_holes()
         self._flags = 0 if self._may_be_dense else calls.HOLES_APART
@@ -66,8 +66,7 @@ class AsyncMethod:
         self._gaps: tuple[list[Row], int, list[Blind]] | None = None
         self._tracked = calls.TrackedRows([])
         self._known = NO_RANGES
-        self._set_rows(self._wanted(self._mappings))
-        self._arm()
+        self._arm(self._wanted(self._mappings))
 
     def _read_mappings(self) -> Mappings:
         if self._spans is None:
@@ -80,28 +79,31 @@ class AsyncMethod:
         """Return a row for each mapping in scope that can be tracked."""
         known = {row.mapping: row for row in self._rows}
         refused: dict[Mapping, Blind] = {}
+        before = self._refused
         rows = []
         for mapping in _rows.in_scope(mappings, self._scope):
-            if mapping in self._refused:
-                refused[mapping] = self._refused[mapping]
+            if before and mapping in before:
+                refused[mapping] = before[mapping]
             elif not _rows.is_tracked_kind(mapping):
                 refused[mapping] = Blind(
                     mapping.start, mapping.end, BlindReason.SPECIAL, mapping.path
                 )
             else:
-                rows.append(known.get(mapping) or self._new_row(mapping))
+                rows.append((known and known.get(mapping)) or self._new_row(mapping))
         self._refused = refused
         return rows
 
     def _new_row(self, mapping: Mapping) -> Row:
         # A part of one that was split, or one that has grown.
-        first = bisect_right(self._rows, mapping.start, key=lambda row: row.end)
-        for row in self._rows[first:]:
+        known = self._rows
+        first = bisect_right(known, mapping.start, key=lambda row: row.end) if known else 0
+        for index in range(first, len(known)):
+            row = known[index]
             if row.start >= mapping.end:
                 break
             if (row.mapping.device, row.mapping.inode) == (mapping.device, mapping.inode):
                 return Row(mapping, row.track)
-        pagemap = self._process.pagemap.fileno()
+        pagemap = self._process.pagemap
         track = _rows.chosen_track(mapping, pagemap, may_be_dense=self._may_be_dense)
         return Row(mapping, track)
 
@@ -110,7 +112,19 @@ class AsyncMethod:
         self._tracked = self._packed(rows)
 
     def _packed(self, rows: Iterable[Row]) -> calls.TrackedRows:
-        return calls.TrackedRows([row.packed(self._uffd_of(row).fileno()) for row in rows])
+        fd = self._uffd.fileno()
+        if self._watch is None:
+            return calls.TrackedRows(row.packed(fd) for row in rows)
+        return calls.TrackedRows(row.packed(self._uffd_of(row).fileno()) for row in rows)
+
+    def _by_uffd(self, rows: Iterable[Row]) -> list[tuple[Userfaultfd, list[Span]]]:
+        """Return the ranges of rows, those of each userfaultfd together."""
+        if self._watch is None:
+            return [(self._uffd, _rows.merged((row.start, row.end) for row in rows))]
+        found: dict[Userfaultfd, list[Span]] = {}
+        for row in rows:
+            found.setdefault(self._uffd_of(row), []).append((row.start, row.end))
+        return [(uffd, _rows.merged(spans)) for uffd, spans in found.items()]
 
     def _uffd_of(self, row: Row) -> Userfaultfd:
         """Return the userfaultfd of a row: the watch's, for which each drop waits, or ours."""
@@ -124,7 +138,7 @@ class AsyncMethod:
         run: list[Row] = []
         for row in rows:
             if run and (
-                len(run) == AT_ONCE
+                len(run) == calls.AT_ONCE
                 or run[-1].end != row.start
                 or self._uffd_of(row) is not self._uffd_of(run[0])
             ):
@@ -134,55 +148,52 @@ class AsyncMethod:
         if run:
             yield run
 
-    def _register(self, row: Row) -> bool:
-        """Register a row; note the reason if the kernel refuses."""
-        try:
-            with unexplained():
-                self._uffd_of(row).register(row, mode=RegisterMode.WP)
-        except UffdOSError as error:
-            if error.errno in _GONE:
-                self._process.check()
-            reason = BlindReason.BUSY if error.errno == errno.EBUSY else BlindReason.NOT_REGISTERED
-            detail = (
-                f"{os.strerror(error.errno or 0)}: {row.mapping.path or row.mapping.kind.value}"
-            )
-            self._refused[row.mapping] = Blind(row.start, row.end, reason, detail)
-            return False
-        return True
-
-    def _registered(self, rows: Iterable[Row]) -> list[Row]:
-        """Register rows, adjacent ones in one call, and return those that the kernel took."""
-        taken: list[Row] = []
-        for run in self._runs(rows):
-            try:
-                start, end = run[0].start, run[-1].end
-                with unexplained():
-                    self._uffd_of(run[0]).register(start, end - start, mode=RegisterMode.WP)
-                taken += run
-            except (UffdOSError, ValueError):
-                taken += [row for row in run if self._register(row)]
-        return taken
-
-    def _protect(self, run: Sequence[Row]) -> bool:
-        """Protect adjacent rows; False if that failed."""
-        try:
-            with unexplained():
-                self._uffd.writeprotect(run[0].start, run[-1].end - run[0].start)
-        except UffdOSError:
+    def _register(self, rows: list[Row]) -> tuple[list[Row], calls.TrackedRows]:
+        """Register rows; return those that the kernel took, and all that it was asked for."""
+        if not self._uffd._is_alone:
+            rows = [row for row in rows if self._is_free(row)]
+        tracked = self._packed(rows)
+        tracked.register()
+        errors = dict(tracked.errors())
+        if not _GONE.isdisjoint(errors.values()):
             self._process.check()
+        for index, code in errors.items():
+            self._refuse(rows[index], code)
+        taken = [row for index, row in enumerate(rows) if index not in errors] if errors else rows
+        # Nobody else uses one that was opened in another process for this tracker.
+        if self._is_borrowed or not self._uffd.adopted:
+            for uffd, spans in self._by_uffd(taken):
+                uffd._note_all_protected(spans)
+        return taken, tracked
+
+    def _is_free(self, row: Row) -> bool:
+        """Whether nobody else of this process has a row, as `Userfaultfd.register` finds out."""
+        try:
+            self._uffd_of(row)._before_register(row.start, row.length, RegisterMode.WP)
+        except RangeBusyError:
+            self._refuse(row, errno.EBUSY)
             return False
         return True
 
-    def _arm(self) -> None:
+    def _refuse(self, row: Row, code: int) -> None:
+        mapping = row.mapping
+        reason = BlindReason.BUSY if code == errno.EBUSY else BlindReason.NOT_REGISTERED
+        detail = f"{os.strerror(code)}: {mapping.path or mapping.kind.value}"
+        self._refused[mapping] = Blind(row.start, row.end, reason, detail)
+
+    def _arm(self, wanted: list[Row]) -> None:
         """Register and protect everything for the first time."""
-        rows = self._registered(self._rows)
-        for run in self._runs(row for row in rows if row.track is not Track.SPARSE):
-            if not self._protect(run):
-                for row in run:
-                    self._protect([row])  # unmapped since, some of it: the first round says so
-        self._set_rows(rows)
+        rows, tracked = self._register(wanted)
+        if not tracked.protect(self._uffd.fileno()):
+            self._process.check()  # unmapped since, some of it: the first round says so
+        self._rows = rows
+        self._tracked = tracked if len(tracked) == len(rows) else self._packed(rows)
         # Later rounds compare with these.
-        compared = [r for r in rows if r.track is Track.SPARSE or r.backing is Backing.COPIED]
+        compared = [
+            row
+            for row in rows
+            if row.track is Track.SPARSE or (row.mapping.device and row.backing is Backing.COPIED)
+        ]
         tracked = self._packed(compared)
         self._known = self._scan(tracked, 0, NO_RANGES).known
 
@@ -297,7 +308,7 @@ class AsyncMethod:
     def _look_after(self, errors: list[tuple[int, int]], layout: list[LayoutChange]) -> Pending:
         """Register new mappings and report them; those that cannot be read are unsure."""
         asked = [self._rows[index] for index, code in errors if code == errno.EPERM]
-        new = self._registered(asked)
+        new, _ = self._register(asked)
         taken = set(new)
         lost = [row for row in asked if row not in taken]
         unsure: list[Span] = [
@@ -367,13 +378,25 @@ class AsyncMethod:
         return found
 
     def close(self) -> None:
-        """Unregister what was registered, for a userfaultfd that stays open."""
-        for run in self._runs(self._rows):
-            # ENOENT, EINVAL, ENOMEM: unmapped since, or its process is gone. Closed: by its owner.
-            with suppress(UffdOSError, ClosedError), unexplained():
-                self._uffd_of(run[0]).unregister(run[0].start, run[-1].end - run[0].start)
+        """Unregister what was registered: closing a userfaultfd does it for all at once."""
+        if not self._uffd.closed:  # by its owner
+            self._tracked.unregister()
+            if self._is_borrowed:
+                self._unregister_parts([self._rows[i] for i, _ in self._tracked.errors()])
+                for uffd, spans in self._by_uffd(self._rows):
+                    uffd._note_all_unregistered(spans)
         if self._watch:
             self._watch.close()
+
+    def _unregister_parts(self, rows: Sequence[Row]) -> None:
+        """Unregister what is left of rows of which another userfaultfd has a part."""
+        spans = [(row.start, row.end) for row in rows]
+        if not spans:
+            return
+        with suppress(UffdOSError):  # the process is gone
+            mappings = self._process._mappings_in(_rows.packed(spans))
+            parts = [Row(part, Track.DENSE) for part in _rows.in_scope(mappings, spans)]
+            self._packed(parts).unregister()
 
 
 def _pairs(ranges: memoryview) -> Iterator[Span]:

@@ -12,6 +12,7 @@ from pyuffd import _dirty_calls as calls
 from pyuffd._arguments import shown
 from pyuffd._dirty_calls import Backing, Track
 from pyuffd._pages import RangeLike, check_range, page_size_of, resolve_range
+from pyuffd.pagemap import Pagemap
 from pyuffd.remote._mappings import Mapping, MappingKind, Mappings, clipped
 
 # Protecting a hole makes page tables: 4 KiB for each 2 MiB. Up to this size that is cheap.
@@ -55,13 +56,15 @@ class Row:
     @property
     def backing(self) -> Backing:
         """The content of a page that is in no page table."""
-        if not self.mapping.has_file:
+        mapping = self.mapping
+        if not mapping.has_file:
             return Backing.ZERO
-        return Backing.FILE if self.mapping.shared else Backing.COPIED
+        return Backing.FILE if mapping.shared else Backing.COPIED
 
     def packed(self, uffd: int) -> tuple[int, int, Track, Backing, int]:
         """Return it for C, with the userfaultfd that it is registered with."""
-        return self.start, self.end, self.track, self.backing, uffd
+        mapping = self.mapping
+        return mapping.start, mapping.end, self.track, self.backing, uffd
 
 
 def in_scope(mappings: Mappings, scope: Sequence[Span] | None) -> Iterator[Mapping]:
@@ -129,7 +132,7 @@ def packed(spans: Iterable[Span]) -> memoryview:
     return memoryview(b"".join(word.to_bytes(8, "little") for word in words)).cast("Q")
 
 
-def chosen_track(mapping: Mapping, pagemap_fd: int, *, may_be_dense: bool) -> Track:
+def chosen_track(mapping: Mapping, pagemap: Pagemap, *, may_be_dense: bool) -> Track:
     """Choose how to track a mapping that has not been seen before."""
     if mapping.kind is MappingKind.HUGETLB:
         return Track.HUGE
@@ -139,7 +142,7 @@ def chosen_track(mapping: Mapping, pagemap_fd: int, *, may_be_dense: bool) -> Tr
         return Track.SPARSE
     if mapping.length <= DENSE_BYTES:
         return Track.DENSE
-    filled = calls.populated(pagemap_fd, mapping.start, mapping.end)
+    filled = calls.populated(pagemap.fileno(), mapping.start, mapping.end)
     return Track.DENSE if filled * DENSE_PART >= mapping.length else Track.SPARSE
 
 

@@ -143,7 +143,8 @@ class DirtyTracker(Closing):
             self._uffd = uffd
             self._scope = scope
             watch = self._watch(target, stack) if watch_drops else None
-            self._method = self._made(process, uffd, scope, watch)
+            is_borrowed = isinstance(target, Userfaultfd)
+            self._method = self._made(process, uffd, scope, watch, is_borrowed=is_borrowed)
             stack.callback(self._method.close)
             self._pinned = self._pins_at_first()
             self._since = time.monotonic()
@@ -227,9 +228,11 @@ class DirtyTracker(Closing):
         uffd: Userfaultfd,
         scope: Sequence[_rows.Span] | None,
         watch: DropWatch | None,
+        *,
+        is_borrowed: bool,
     ) -> _Method:
         if self.method == "wp-async":
-            return _async.AsyncMethod(process, uffd, scope, watch)
+            return _async.AsyncMethod(process, uffd, scope, watch, is_borrowed=is_borrowed)
         from pyuffd.dirty import _sync  # brings the engine
 
         return _sync.SyncMethod(process, uffd, scope)

@@ -19,7 +19,7 @@ from pyuffd._opening import probe_api
 from pyuffd._owned import Descriptor
 from pyuffd._remote_calls import Attached, AttachPoint
 from pyuffd._uffd import Userfaultfd
-from pyuffd.remote._mappings import Mapping, MappingKind, Mappings
+from pyuffd.remote._mappings import Mapping, Mappings, named, of_flags
 from pyuffd.remote._stop import frozen_hint, why_not_stopped
 from pyuffd.remote._target import Target
 from pyuffd.remote._threads import LEAVE_S, Refusals, wait_for_tracer
@@ -76,7 +76,7 @@ def attach(
     status = _refuse(process, pid)
     mappings, (syscall_ret, restorer) = _loaded(process, limit_s)
     flags = os.O_CLOEXEC | os.O_NONBLOCK | (USER_MODE_ONLY if user_mode_only else 0)
-    stack = next((m for m in mappings if m.kind is MappingKind.STACK), None)
+    stack = named(mappings, b"[stack]")
     scratch = _unused(process, stack)
     with Descriptor() as fetched, _device() as device:
         result, tid, refusals = None, pid, Refusals()
@@ -173,8 +173,9 @@ def _gadgets(process: Target, mappings: Mappings) -> tuple[int, int] | None:
 
 
 def _code(mappings: Mappings) -> Iterator[Mapping]:
-    code = [m for m in mappings if "x" in m.permissions and "r" in m.permissions]
-    code = [m for m in code if not m.shared and m.path != "[vsyscall]"]
+    wanted = calls.MAP_READ | calls.MAP_EXECUTE
+    found = of_flags(mappings, wanted, wanted | calls.MAP_SHARED)
+    code = [m for m in found if m.path != "[vsyscall]"]
     return iter(sorted(code, key=lambda m: not any(name in m.path for name in _LIKELY)))
 
 

@@ -30,6 +30,7 @@ _SPECIAL = ("[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]", "[uprobes]")
 # Files of the kernel's own mounts of tmpfs, which no mount table lists.
 _SHMEM_NAMES = ("/memfd:", "/dev/zero", "/SYSV", "/dev/shm/", "/drm", "/i915")
 _HUGE_NAMES = ("/anon_hugepage", "/memfd:", "/SYSV")
+_NO_FLAGS: frozenset[str] = frozenset()
 
 # A line of the file costs as much as an ioctl.
 _QUERIES_MOST = 64
@@ -158,9 +159,11 @@ class Mappings:
         name_at: int,
         name_length: int,
     ) -> Mapping:
-        path = os.fsdecode(self._names[name_at : name_at + name_length]) if name_length else ""
+        path, kind, page_size = "", MappingKind.ANONYMOUS, PAGE_SIZE
         permissions = _PERMISSIONS[flags]
-        kind, page_size = self._kinds.of(start, device, permissions[3] == "s", path)
+        if device or name_length:
+            path = os.fsdecode(self._names[name_at : name_at + name_length])
+            kind, page_size = self._kinds.of(start, device, permissions[3] == "s", path)
         return Mapping(
             start,
             end,
@@ -170,7 +173,7 @@ class Mappings:
             inode,
             path,
             page_size,
-            self._details.get(start, frozenset()),
+            self._details.get(start, _NO_FLAGS),
             kind=kind,
         )
 
@@ -262,6 +265,22 @@ def with_details(mappings: Mappings, pid: int | str) -> Mappings:
     """Return mappings with the flags of smaps, which walks the page tables."""
     details = {vma.start: vma.flags for vma in _vmas.overlapping(0, 1 << 64, pid=pid, details=True)}
     return Mappings(mappings._packed, mappings._names, mappings._kinds, details)
+
+
+def of_flags(mappings: Mappings, flags: int, among: int) -> Iterator[Mapping]:
+    """Yield those that have these flags (MAP_READ and so on), and no others `among` so many."""
+    for row in _ROW.iter_unpack(mappings._packed):
+        if row[2] & among == flags:
+            yield mappings._mapping(*row)
+
+
+def named(mappings: Mappings, name: bytes) -> Mapping | None:
+    """Return the first that has a name, or None."""
+    names = mappings._names
+    for row in _ROW.iter_unpack(mappings._packed):
+        if row[7] == len(name) and names[row[6] : row[6] + row[7]] == name:
+            return mappings._mapping(*row)
+    return None
 
 
 def keys_of(mappings: Mappings) -> Iterator[tuple[int | bytes, ...]]:

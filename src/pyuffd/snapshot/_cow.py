@@ -18,7 +18,6 @@ from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE
 from pyuffd._saver_calls import Saver
 from pyuffd._uffd import Userfaultfd
 from pyuffd.dirty import _rows
-from pyuffd.dirty._async import AT_ONCE
 from pyuffd.dirty._rows import DENSE_BYTES, DENSE_PART
 from pyuffd.pagemap import PageRanges
 from pyuffd.remote import _pinned
@@ -146,7 +145,7 @@ class _Cow:
 
     def unregister(self, uffd: Userfaultfd) -> None:
         """Unregister many mappings a few at a time; closing the userfaultfd does all at once."""
-        if self._armed <= AT_ONCE:
+        if self._armed <= ranges.AT_ONCE:
             return
         for start, end in self._spans:
             with suppress(UffdOSError), unexplained():  # unmapped since, or its process is gone
@@ -159,8 +158,8 @@ class _Cow:
         parts = [part for part in layout if _is_protected(part)]
         pieces = pieces_of(parts)
         self._armed = len(parts)
-        for first in range(0, len(parts), AT_ONCE):
-            few = parts[first : first + AT_ONCE]
+        for first in range(0, len(parts), ranges.AT_ONCE):
+            few = parts[first : first + ranges.AT_ONCE]
             spans = PageRanges.of((part.start, part.end) for part in few)
             self._register((span.start, span.end) for span in spans)
         # From here on events tell what is dropped or moved.
