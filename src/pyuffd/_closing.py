@@ -74,7 +74,11 @@ class Closing(SoleOwner):
         """Close what the object owns."""
         raise NotImplementedError
 
+    def _check_usable(self) -> None:
+        """Raise ClosedError if the object is closed, or belongs to another process."""
+
     def __enter__(self) -> Self:
+        self._check_usable()
         return self
 
     def __exit__(

@@ -93,7 +93,7 @@ class LazyRegion(Region):
             self._owned._begin_close()
 
     async def __aenter__(self) -> Self:
-        return self
+        return self.__enter__()
 
     async def __aexit__(
         self,

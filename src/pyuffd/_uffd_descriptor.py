@@ -145,6 +145,9 @@ class UffdDescriptor(CloseCallbacks):
 
     # The descriptor
 
+    def _check_usable(self) -> None:
+        self.fileno()
+
     def fileno(self) -> int:
         """Return the file descriptor.
 

@@ -129,6 +129,7 @@ class UnixListener(SoleOwner):
                 os.unlink(self.path)
 
     def __enter__(self) -> Self:
+        self.fileno()
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -121,8 +121,7 @@ class Handover(SoleOwner):
 
         Kernel: SO_PASSPIDFD of unix(7), Linux 6.5; pidfd_open(2) before.
         """
-        if self.uffd.closed:
-            raise ClosedError("this handover is closed")
+        self._check_open()
         pid = self.uffd.owner_pid
         if pid is None:
             raise ValueError(f"the owner of {self.uffd!r} is unknown: set uffd.owner_pid")
@@ -169,6 +168,10 @@ class Handover(SoleOwner):
             if pidfd.is_open:
                 await wait_async(pidfd.number, select.POLLIN, None)
 
+    def _check_open(self) -> None:
+        if self.uffd.closed:
+            raise ClosedError("this handover is closed")
+
     def _own_pidfd(self) -> Descriptor:
         """Return a duplicate for one wait, during which close() may be called; or an empty one."""
         try:
@@ -187,6 +190,7 @@ class Handover(SoleOwner):
             descriptor.close()
 
     def __enter__(self) -> Self:
+        self._check_open()
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -148,6 +148,9 @@ class Pagemap(Closing):
             )
         return fd
 
+    def _check_usable(self) -> None:
+        self.fileno()
+
     def close(self) -> None:
         """Close the file descriptor; a second call does nothing."""
         self._descriptor.close()

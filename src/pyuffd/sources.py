@@ -186,6 +186,9 @@ class FileSource(Closing):
         """Bytes from the offset to the end of the file, at its present size."""
         return max(0, _source_files.size_of(self.fileno()) - self.offset)
 
+    def _check_usable(self) -> None:
+        self.fileno()
+
     def fileno(self) -> int:
         """Return the source's own descriptor."""
         fd = self._descriptor.number

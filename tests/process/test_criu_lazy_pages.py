@@ -22,7 +22,7 @@ import pytest
 
 pytest.importorskip("google.protobuf")
 
-from pyuffd import CriuError, Feature, Userfaultfd, _working_set_files
+from pyuffd import ClosedError, CriuError, Feature, Userfaultfd, _working_set_files
 from pyuffd.criu import Images, LazyPages, RemotePages, RestoreReport
 from pyuffd.criu._working_set import length_of
 from pyuffd.testing import needs, needs_privilege
@@ -53,6 +53,18 @@ def wait_for(true: Callable[[], object], what: str) -> None:
     while not true():
         assert time.monotonic() < give_up, f"{what} did not come"
         time.sleep(0.01)
+
+
+def test_closed_twice(tmp_path: Path) -> None:
+    """The second close() failed with EBADF, as did stop() after it."""
+    write_images(tmp_path, [0x10000], [1], [(0, 0, 1)])
+    server = LazyPages(tmp_path)
+    for end in (server.close, server.close, server.stop):
+        end()
+    with pytest.raises(ClosedError), server:
+        raise AssertionError("the block runs")
+    with pytest.raises(ClosedError):
+        server.serve()
 
 
 def test_serves_a_restore(tmp_path: Path) -> None:

@@ -128,6 +128,10 @@ class RemotePages(Closing):
                 raise self._failure()
         return data
 
+    def _check_usable(self) -> None:
+        if self._is_closing:
+            raise ClosedError("the connection to the page server is closed")
+
     def _failure(self) -> Exception:
         return self._error or ClosedError("the connection to the page server is closed")
 

@@ -152,8 +152,12 @@ class LazyPages(Closing):
     def serve(self) -> list[RestoreReport]:
         """Serve restores until there were as many as wanted, or until stop(); return the reports.
 
+        Raises:
+            ClosedError: closed before.
+
         GIL: released.  Blocks: until then.
         """
+        self._check_usable()
         threads: list[threading.Thread] = []
         try:
             for number, sock in enumerate(self._accepted(), 1):
@@ -175,6 +179,8 @@ class LazyPages(Closing):
             now: Do not wait for them: pages that have not been filled are poisoned.
         """
         check_bools(now=now)
+        if not self._ended.is_open:
+            return
         os.eventfd_write(self._refusing.number, 1)
         if now:
             os.eventfd_write(self._ended.number, 1)
@@ -232,6 +238,10 @@ class LazyPages(Closing):
     def _new_spare(self) -> _Spare:
         log_size = LOGGED_FAULTS if self._options.working_set else 0
         return _Spare(log_size, REMOTE_WORKERS if self._broker is not None else 1)
+
+    def _check_usable(self) -> None:
+        if not self._ended.is_open:
+            raise ClosedError("the server of lazy pages is closed")
 
     def close(self) -> None:
         """Stop now, and remove the socket."""

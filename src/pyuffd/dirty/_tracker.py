@@ -378,6 +378,9 @@ class DirtyTracker(Closing):
             )
         return self._lock
 
+    def _check_usable(self) -> None:
+        self._check_open()
+
     def _check_open(self) -> None:
         if self._open is None:
             raise ClosedError("this tracker is closed")

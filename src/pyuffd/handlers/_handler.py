@@ -374,6 +374,7 @@ class Handler(ServesMany, FillsPages, TracksWrites, EvictsPages, HoldsFaults, St
         self.stop()
 
     def __enter__(self) -> Self:
+        self._running_engine()
         if self._autostart:
             try:
                 self.start()

@@ -49,6 +49,10 @@ class Hold(Closing):
                 raise
             raise ClosedError("the handler was stopped before its faults were held") from None
 
+    def _check_usable(self) -> None:
+        if self._engine is None:
+            raise ClosedError("the faults are no longer held: hold() holds them again")
+
     def close(self) -> None:
         """Release, as the end of the block does."""
         self.release()

@@ -185,6 +185,9 @@ class Divisible(CloseCallbacks):
         if self.closed or self._root._closer not in (0, get_ident()):
             raise ClosedError("this region is closed")
 
+    def _check_usable(self) -> None:
+        self._check_open()
+
     def outlives_close(self) -> bool:
         """Return whether the memory stays mapped if the region is closed now.
 

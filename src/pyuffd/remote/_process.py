@@ -142,6 +142,9 @@ class Process(Closing):
         """Whether `close` was called."""
         return not self._maps.is_open
 
+    def _check_usable(self) -> None:
+        self.fileno()
+
     def fileno(self) -> int:
         """Return the pidfd, which stays this object's; it is readable once the process has ended.
 

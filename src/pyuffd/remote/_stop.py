@@ -124,6 +124,10 @@ class Stop(Closing):
             state="T",
         )
 
+    def _check_usable(self) -> None:
+        if self._until is not None:
+            raise ClosedError("the threads run again")
+
     def close(self) -> None:
         """Let all threads continue."""
         self._held.close()

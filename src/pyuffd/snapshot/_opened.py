@@ -117,6 +117,9 @@ class Opened(Closing):
 
     # Ending
 
+    def _check_usable(self) -> None:
+        self._checked()
+
     def _checked(self) -> Image:
         if self._image.closed:
             raise ClosedError("this snapshot is closed")

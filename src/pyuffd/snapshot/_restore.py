@@ -16,7 +16,7 @@ from functools import partial
 from pyuffd._arguments import check_number, check_rate
 from pyuffd._closing import Closing
 from pyuffd._dropped import close_dropped
-from pyuffd._errors import UffdError
+from pyuffd._errors import ClosedError, UffdError
 from pyuffd._latch import Latch
 from pyuffd._pages import PAGE_SIZE
 from pyuffd._recording import Until
@@ -372,6 +372,10 @@ class Restore(Closing):
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._closed
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise ClosedError("this restore is closed")
 
     def close(self) -> None:
         """End it; pages that are not filled yet are poisoned. A second call does nothing.

@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 
 from pyuffd._abi import Feature, RegisterMode
 from pyuffd._closing import SoleOwner
-from pyuffd._errors import HandoverError, UffdError
+from pyuffd._errors import ClosedError, HandoverError, UffdError
 from pyuffd._uffd import Event, Userfaultfd
 from pyuffd.handover import Handover, HandoverRange, recv_uffd
 from pyuffd.testing import _wire
@@ -249,6 +249,7 @@ class FaultingChild(SoleOwner):
         """
         if command not in _COMMANDS:
             raise ValueError(f"command {command!r} is none of {_COMMANDS}")
+        self._running()
         step = Step(self, len(self._steps), command)
         order = {
             "id": step._number,
@@ -305,17 +306,21 @@ class FaultingChild(SoleOwner):
         Raises:
             TimeoutError: it has not ended in time.
         """
-        assert self._process is not None
+        process = self._running()
         try:
-            return self._process.wait(timeout_s)
+            return process.wait(timeout_s)
         except subprocess.TimeoutExpired as error:
             raise TimeoutError(f"the child has not ended within {timeout_s} s") from error
 
     def kill(self, number: int = signal.SIGKILL) -> int:
         """Send a signal to the child, wait for its end, and return what `wait` does."""
-        assert self._process is not None
-        self._process.send_signal(number)
+        self._running().send_signal(number)
         return self.wait()
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            raise ClosedError("this child is closed")
+        return self._process
 
     def close(self) -> None:
         """Kill the child and its forks, then close the userfaultfd and everything else."""
@@ -334,6 +339,7 @@ class FaultingChild(SoleOwner):
             self._handover.close()
 
     def __enter__(self) -> Self:
+        self._running()
         return self
 
     def __exit__(self, *exc: object) -> None:
