@@ -380,6 +380,9 @@ uint8_t poison_one(struct uffd_range *range, uint64_t page, bool *put_off_ret)
 		r = poison_pages(range, page, range->page_size, &result);
 	}
 	*put_off_ret = r == 0 && result.deferred;
+	/* The page lies behind the file's end by now: a woken thread gets SIGBUS from the kernel. */
+	if (r == -EFAULT)
+		uffd_shim_wake(range->space->fd, page, range->page_size);
 	if (r == 0 && result.done)
 		return UFFD_PAGE_POISONED;
 	if (r || !result.already_present)

@@ -6,6 +6,10 @@
  * Wait for pages in flight, but not forever: a source may block the thread that fills
  * one.  Then poison it as well.  If that thread copies over the poison after all, the
  * content is right; once the range is unregistered it copies nothing.
+ *
+ * POISON says EFAULT of a page behind the end of a file that was made shorter.  A thread
+ * that touches it gets SIGBUS from the kernel, and zeros if the file grows again, as after
+ * any ftruncate(2): call the page removed.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -60,10 +64,15 @@ static uint64_t poison_slice(const struct slices *all, struct uffd_range *range,
 	past = at + result.done + result.already_present;
 	set_states(range, at, past, UFFD_PAGE_POISONED);
 	wake_again(range, at, past);
+	*done_ret = result.done;
+	if (*error_ret == -EFAULT) {
+		unclaim(range, past, past + range->page_size, UFFD_PAGE_REMOVED);
+		past += range->page_size;
+		*error_ret = 0;
+	}
 	unclaim(range, past, stop, UFFD_PAGE_ABSENT);
 	if (*error_ret == 0 && result.deferred)
 		*error_ret = -EAGAIN;
-	*done_ret = result.done;
 	return past;
 }
 
@@ -110,6 +119,12 @@ static uint64_t poison_in_flight(const struct slices *all, struct uffd_range *ra
 	if (!uffd_page_is_in_flight(state))
 		return at;
 	*error_ret = poison_pages(range, at, range->page_size, &result);
+	if (*error_ret == -EFAULT) {
+		*error_ret = 0;
+		if (atomic_compare_exchange_strong(state_of(range, at), &state, UFFD_PAGE_REMOVED))
+			wake_again(range, at, at + range->page_size);
+		return at + range->page_size;
+	}
 	if (*error_ret == 0 && result.deferred)
 		*error_ret = -EAGAIN;
 	if (*error_ret)

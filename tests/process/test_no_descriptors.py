@@ -8,7 +8,9 @@ import errno
 import os
 import resource
 import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Literal
@@ -25,6 +27,7 @@ from pyuffd import (
     HandlerError,
     Region,
     Userfaultfd,
+    _memory,
 )
 from pyuffd.testing import FaultingChild, needs
 from pyuffd.testing._run import SCALE
@@ -231,3 +234,42 @@ def test_a_stall_below_what_is_open() -> None:
     """The thread that ends a stall polls too."""
     ended = run_child(waits_with_the_gil, expect=-signal.SIGBUS, budget_s=20)
     assert "the source has not answered in time; it is poisoned" in ended.stderr
+
+
+def closes_what_stays_registered(how: str) -> None:
+    """While an event cannot be read the kernel refuses poison, so ranges stay registered."""
+    events = Feature.EVENT_FORK | Feature.EVENT_UNMAP
+    with Userfaultfd(features=events) as uffd, Region.anonymous(4 * PAGE) as region:
+        handler = Handler(uffd)
+        handler.serve(region, b"A" * region.length)
+        handler.start()
+        region.touch(0, PAGE)
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            thread = threading.Thread(
+                target=_memory.Agent, args=(theirs.fileno(), ours.fileno()), daemon=True
+            )
+            with no_descriptors(os.getpid()):
+                thread.start()
+                wait_until(lambda: handler.stats().deferred > 0, "the fork waits")
+                began = time.monotonic()
+                with pytest.raises(HandlerError, match="stay registered"):
+                    handler.stop(timeout_s=0.2)
+                if how == "uffd":
+                    uffd.close()
+                if how == "part":
+                    region[PAGE:].close()
+                region.close()
+                assert time.monotonic() - began < 8
+            assert thread.is_alive() or how == "uffd"
+            if how != "uffd":
+                (fork,) = uffd.read_events()
+                assert isinstance(fork, Fork)
+                fork.uffd.close()
+
+
+@needs(Feature.EVENT_UNMAP)
+@pytest.mark.parametrize("how", ["region", "part", "uffd"])
+def test_closing_what_stays_registered(how: str) -> None:
+    """Nobody reads the event of its unmapping."""
+    run_child(closes_what_stays_registered, how)

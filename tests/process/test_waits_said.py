@@ -22,7 +22,6 @@ from pyuffd import (
     CallableSource,
     Feature,
     Handler,
-    HandlerError,
     Pagefault,
     Region,
     RegisterMode,
@@ -266,26 +265,6 @@ def test_event(what: str, reader: Reader) -> None:
 
 
 # How often it is written, and what happens afterwards
-
-
-def closes_what_stays_registered() -> None:
-    """Pages behind the end of a file cannot be poisoned, so they stay registered."""
-    end_when_said()
-    with Userfaultfd(features=EVENTS) as uffd, Region.memfd(4 * PAGE) as region:
-        handler = Handler(uffd)
-        handler.serve(region, b"A" * region.length)
-        assert region.fd is not None
-        os.ftruncate(region.fd, PAGE)
-        with pytest.raises(HandlerError, match="stay registered"):
-            handler.stop()
-        region.close()
-        raise AssertionError("it went on")
-
-
-@needs(EVENTS)
-def test_unmapping_what_a_handler_could_not_poison() -> None:
-    ended = run_child(closes_what_stays_registered, budget_s=BUDGET_S, expect=-signal.SIGTERM)
-    assert "munmap(" in line_of(ended)
 
 
 def wait_until_said(count: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from pyuffd.handlers._checks import LAYOUT_EVENTS
 from pyuffd.handlers._engine import Engine
 from pyuffd.handlers._overlaps import overlaps_lock
 from pyuffd.handlers._served_parts import Part, holds, shown, without
-from pyuffd.handlers._serving import Served, served_mode
+from pyuffd.handlers._serving import Served, served_mode, unregister_hidden
 from pyuffd.handlers._threads import WorkedEngine
 from pyuffd.handlers._turns import turn_of
 from pyuffd.handlers.process._remote import RemoteEngine
@@ -150,6 +151,9 @@ class HandlerBase(SoleOwner):
             served.alias.close()
         if isinstance(served.region, Region):
             served.region._note_served()
+            if stays:
+                number, spans = served.uffd._number, served.spans()
+                served.region._on_unmap(functools.partial(unregister_hidden, number, spans))
             for callback in served.on_close:
                 served.region._forget_on_close(callback)
             served.region._forget_check(served.check)

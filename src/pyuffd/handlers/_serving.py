@@ -10,6 +10,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -19,6 +20,7 @@ from pyuffd._arguments import check_flags
 from pyuffd._describe import short_repr
 from pyuffd._diagnose import mergeable
 from pyuffd._errors import HelperLostError, UffdOSError
+from pyuffd._left import Number
 from pyuffd._pages import PAGE_SIZE, RangeLike, check_region, page_size_of
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers._backend import Backend
@@ -27,6 +29,7 @@ from pyuffd.handlers._overlaps import Range
 from pyuffd.handlers._served_parts import Part, reaches
 from pyuffd.handlers._types import RangeId, SourceKind
 from pyuffd.regions import Region, RegionKind
+from pyuffd.regions._mapping import PROT_NONE
 from pyuffd.sources import PageSource
 
 log = logging.getLogger(__name__)
@@ -306,6 +309,21 @@ def take_back(
         log.debug("%s", error)
     if unregister:
         uffd._note_unregistered(start, length)
+
+
+def unregister_hidden(number: Number, spans: list[tuple[int, int]]) -> None:
+    """Unregister memory that is about to be unmapped: nobody would read the event of that.
+
+    Its threads go on as they would after munmap(2), with a signal. They find no zeros.
+    """
+    if not number.descriptor.is_open:
+        return
+    for start, length in spans:
+        # Some of it may be unmapped already.
+        with suppress(UffdOSError):
+            _memory.mprotect(start, length, PROT_NONE)
+            lowlevel.unregister(number.descriptor.number, start, length)
+            lowlevel.wake(number.descriptor.number, start, length)
 
 
 def tell_registered(engine: Backend, uffd: Userfaultfd, space: int) -> None:

@@ -54,6 +54,7 @@ class Divisible(CloseCallbacks):
         self._exports_lock = RLock()
         self._accesses: list[MappedMemory] = []  # one for each access under way
         self._keepers: set[int] = set()
+        self._before_unmap: list[Callable[[], None]] = []
         self._why_lost: list[Callable[[int], BaseException | None]] = []
         self._checks: list[Callable[[int, int], None]] = []
 
@@ -161,6 +162,10 @@ class Divisible(CloseCallbacks):
         self._root._keepers.discard(user)
         _kept.pop(user, None)
 
+    def _on_unmap(self, callback: Callable[[], None]) -> None:
+        """Call `callback` before close() unmaps the memory, unless something uses it then."""
+        self._root._before_unmap.append(callback)
+
     # The end
 
     def _on_close(self, callback: Callable[[], None]) -> None:
@@ -220,7 +225,9 @@ class Divisible(CloseCallbacks):
         Closing a part of a region ends its serving; the memory stays the region's.
 
         GIL: released.  Threads: safe.  Blocks: until its handlers have stopped serving it (see
-            `Handler.unserve`), and with Feature.EVENT_UNMAP enabled until the Unmap event is read.
+            `Handler.unserve`). With Feature.EVENT_UNMAP enabled, until the Unmap event of what the
+            program has registered is read; none is sent for what a stopped handler had to leave
+            registered.
         """
         if self._open:
             if self._pid == os.getpid():
@@ -236,6 +243,9 @@ class Divisible(CloseCallbacks):
         # If one of these is interrupted, the next call does it again.
         if self._is_used() or (self._keepers and self._pid == os.getpid()):
             self._mapping = self._mapping.without_memory()  # what uses it owns it
+        elif self._mapping.memory.start and self._pid == os.getpid():
+            for callback in self._before_unmap:
+                callback()
         self._mapping.close()
 
     def __del__(self) -> None:
