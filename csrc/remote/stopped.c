@@ -24,6 +24,9 @@
 #include "remote/trace.h"
 
 #define THREADS_FIRST 64u
+/* PID_MAX_LIMIT of the kernel. */
+#define TIDS_MOST (1 << 22)
+#define WORD_BITS 64
 #define HELPER_STACK (256u << 10)
 /* How often the tracer looks whether its process runs, and how often it must find that it does not. */
 #define LOOK_NS 10000000
@@ -52,16 +55,15 @@ struct uffd_stopped {
 	struct thread *threads;
 	uint32_t count;
 	uint64_t capacity;
+	/* A bit for each possible thread: whether it is in `threads`. */
+	uint64_t *known;
 	int error;
 	int32_t tid;
 };
 
 static bool is_known(const struct uffd_stopped *stopped, pid_t tid)
 {
-	for (uint32_t i = 0; i < stopped->count; i++)
-		if (stopped->threads[i].tid == tid)
-			return true;
-	return false;
+	return stopped->known[tid / WORD_BITS] >> tid % WORD_BITS & 1;
 }
 
 static int add(struct uffd_stopped *stopped, pid_t tid)
@@ -72,7 +74,14 @@ static int add(struct uffd_stopped *stopped, pid_t tid)
 	if (ret)
 		return ret;
 	stopped->threads[stopped->count++] = (struct thread){ .tid = tid };
+	stopped->known[tid / WORD_BITS] |= UINT64_C(1) << tid % WORD_BITS;
 	return 0;
+}
+
+static void forget_all(struct uffd_stopped *stopped)
+{
+	for (; stopped->count; stopped->count--)
+		stopped->known[stopped->threads[stopped->count - 1].tid / WORD_BITS] = 0;
 }
 
 /* Seize and interrupt the threads of a process that are not known yet; found_ret: whether any. */
@@ -90,7 +99,7 @@ static int seize_new(struct uffd_stopped *stopped, int32_t pid, bool *found_ret)
 	while (!ret && (entry = readdir(folder))) {
 		pid_t tid = (pid_t)atoi(entry->d_name);
 
-		if (tid <= 0 || is_known(stopped, tid))
+		if (tid <= 0 || tid >= TIDS_MOST || is_known(stopped, tid))
 			continue;
 		ret = uffd_trace_seize(tid, 0);
 		if (ret == -EPERM || ret == -ESRCH) {
@@ -327,7 +336,7 @@ static void *run(void *argument)
 	free(stack);
 	if (stopped->error == -EPERM) {
 		/* Yama lets only ancestors trace, which the helper is not. */
-		stopped->count = 0;
+		forget_all(stopped);
 		stopped->error = trace(stopped);
 	}
 	if (stopped->error)
@@ -340,6 +349,7 @@ static void destroy(struct uffd_stopped *stopped)
 	sem_destroy(&stopped->ready);
 	sem_destroy(&stopped->wake);
 	free(stopped->threads);
+	free(stopped->known);
 	free(stopped);
 }
 
@@ -358,6 +368,12 @@ int uffd_stopped_create(const int32_t *pids, uint32_t count, uint64_t limit_ns,
 	*ns_ret = 0;
 	if (!stopped)
 		return -ENOMEM;
+	/* Only the pages that are written are there. */
+	stopped->known = calloc(TIDS_MOST / WORD_BITS, sizeof(*stopped->known));
+	if (!stopped->known) {
+		free(stopped);
+		return -ENOMEM;
+	}
 	stopped->pids = pids;
 	stopped->pids_count = count;
 	stopped->until_ns = begin + limit_ns;

@@ -300,6 +300,34 @@ def test_reading_itself_in_a_thread() -> None:
         assert found == [b"own"]
 
 
+MANY_THREADS = """
+import sys, threading
+threading.stack_size(65536)
+end = threading.Event()
+for _ in range(1000):
+    threading.Thread(target=end.wait, daemon=True).start()
+print(flush=True)
+sys.stdin.read()
+end.set()
+"""
+
+
+def test_a_thousand_threads_are_stopped() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", MANY_THREADS], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        with Process(child.pid) as target:
+            with target.stopped(10 * SCALE) as stop:
+                assert stop.threads == 1001
+                assert len(stop.registers()) == 1001
+                assert {thread.state for thread in target.threads()} == {"t"}
+            assert len(target.threads()) == 1001
+        child.communicate()
+        assert child.returncode == 0
+
+
 def test_a_child_that_is_killed_in_the_stop() -> None:
     """Its parent is told at once, though another process traces it."""
     with (
