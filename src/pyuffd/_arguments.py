@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from collections.abc import Collection, Sized
 from operator import index
 from typing import TypeVar, cast
@@ -73,6 +74,16 @@ def check_int(name: str, value: object, least: int | None = None, below: int = W
         limit = _number(below, name)
         raise ValueError(f"{name} {_number(value, name)} is too large: it must be below {limit}")
     return value
+
+
+def new_buffer(length: int, content: str) -> bytearray:
+    """Return a buffer for so many bytes of what `content` names; an error that names both."""
+    if length > sys.maxsize:
+        raise ValueError(f"length {length:#x}: {content} is never that large")
+    try:
+        return bytearray(length)
+    except MemoryError:
+        raise MemoryError(f"no memory for {length:#x} bytes of {content}") from None
 
 
 def check_bools(**values: object) -> None:

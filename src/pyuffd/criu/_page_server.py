@@ -13,7 +13,7 @@ from collections import deque
 from contextlib import suppress
 from typing import Literal
 
-from pyuffd._arguments import check_bools, check_choice, check_int, check_seconds
+from pyuffd._arguments import check_bools, check_choice, check_int, check_seconds, new_buffer
 from pyuffd._closing import Closing
 from pyuffd._errors import ClosedError, CriuError
 from pyuffd._latch import Latch
@@ -109,7 +109,7 @@ class RemotePages(Closing):
         """
         check_int("pid", pid, 1, LARGEST_PID + 1)
         check_range(check_int("address", address), check_int("length", length), PAGE_SIZE)
-        data = bytearray(length)
+        data = new_buffer(length, "the pages of a process")
         view = memoryview(data)
         asked = [
             _Asked(pid, address + at, view[at : at + MOST_PAGES * PAGE_SIZE])

@@ -20,6 +20,7 @@ from pyuffd._arguments import (
     check_descriptor,
     check_int,
     check_pid,
+    new_buffer,
     shown,
 )
 from pyuffd._closing import Closing
@@ -271,13 +272,14 @@ class Process(Closing):
 
         Raises:
             ValueError: a bad range.
+            MemoryError: there is no memory for so many bytes here.
             UffdOSError: EFAULT - a page of the range cannot be read; `start` is its address.
             ProcessGoneError: ESRCH - it has exited, or replaced its memory.
 
         GIL: released.  Threads: safe.  Blocks: as `copy`.
         """
         _check_bytes(start, length)
-        target = bytearray(length)
+        target = new_buffer(length, f"the memory of process {self.pid}")
         if length:
             copied = self.copy(_packed(start, start + length), target)
             if len(copied.lost):

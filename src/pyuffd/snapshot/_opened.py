@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
-from pyuffd._arguments import check_int
+from pyuffd._arguments import check_int, check_path, shown
 from pyuffd._closing import Closing
 from pyuffd._errors import ClosedError
 from pyuffd.snapshot import _verify, _working_sets
@@ -24,6 +24,11 @@ class Opened(Closing):
     _instead = "open it once more"
 
     def __init__(self, image: Image) -> None:
+        if not isinstance(image, Image):
+            raise TypeError(
+                f"{type(self).__name__} is made by {type(self).__name__}.open(path) and .take(...),"
+                f" not of {shown(image)}"
+            )
         self._image = image
         self.path: str = image.path
         self.id: str = str(image.manifest["id"])
@@ -38,10 +43,11 @@ class Opened(Closing):
         snapshot, whatever their names are by now.
 
         Raises:
-            SnapshotFormatError: files are missing, truncated or changed, or a parent is not found.
+            SnapshotFormatError: the directory is no snapshot; files are missing, truncated or
+                changed, or a parent is not found.
             OSError: the directory cannot be opened, or is a symbolic link.
         """
-        return cls(Image(path))
+        return cls(Image(check_path("path", path)))
 
     @property
     def depth(self) -> int:

@@ -459,6 +459,8 @@ def _file(folder: Descriptor, path: str, name: str) -> Descriptor:
     try:
         return open_in(folder, name)
     except FileNotFoundError:
+        if name == MANIFEST:
+            raise SnapshotFormatError(path, f"this is no snapshot: it has no {MANIFEST}") from None
         raise SnapshotFormatError(os.path.join(path, name), "the file is missing") from None
     except OSError as error:
         place = os.path.join(path, name)
