@@ -13,12 +13,16 @@ from pyuffd._arguments import shown
 from pyuffd._dirty_calls import Backing, Track
 from pyuffd._pages import RangeLike, check_range, page_size_of, resolve_range
 from pyuffd.pagemap import Pagemap
+from pyuffd.regions import Region
+from pyuffd.remote import Process
 from pyuffd.remote._mappings import Mapping, MappingKind, Mappings, clipped
 
 # Protecting a hole makes page tables: 4 KiB for each 2 MiB. Up to this size that is cheap.
 DENSE_BYTES = 64 << 20
 # Above it a mapping must be populated to a quarter.
 DENSE_PART = 4
+
+SHOWN_SPANS = 3
 
 Span = tuple[int, int]
 
@@ -96,6 +100,33 @@ def spans_of(ranges: Iterable[RangeLike], purpose: str) -> list[Span]:
     if not found:
         raise ValueError(f"no ranges to {purpose}")
     return merged(found)
+
+
+def refuse_own_memory(process: Process, ranges: Iterable[RangeLike]) -> None:
+    """Raise ValueError for a region of this process whose addresses another one does not use.
+
+    A fork has the memory of its parent, so it may be meant.
+    """
+    if process.pid == os.getpid():
+        return
+    for one in ranges:
+        if not isinstance(one, Region):
+            continue
+        if not process._mappings_in(packed([(one.start, one.start + one.length)])):
+            raise ValueError(
+                f"ranges: {one!r} is memory of this process, and process {process.pid} has nothing"
+                " at its addresses"
+            )
+
+
+def refuse_unmapped(process: Process, spans: Sequence[Span]) -> None:
+    """Raise ValueError if the process has nothing mapped in any of the spans."""
+    if not process._mappings_in(packed(spans)):
+        raise ValueError(
+            f"ranges: process {process.pid} has nothing mapped in"
+            f" {', '.join(f'[{start:#x}, {end:#x})' for start, end in spans[:SHOWN_SPANS])}"
+            f"{', ...' if len(spans) > SHOWN_SPANS else ''}"
+        )
 
 
 def spans_of_target(target: object, purpose: str) -> list[Span]:

@@ -90,7 +90,8 @@ class DirtyTracker(Closing):
         reason: Why that one was chosen, in one sentence.
 
     Raises:
-        ValueError: a target without ranges that needs them, a bad range, wp-sync with a
+        ValueError: a target without ranges that needs them, a bad range, a region of this process
+            as memory of another one, wp-sync with a
             userfaultfd of USER_MODE_ONLY (system calls of the target would fail, or kill it), or
             watch_drops with a userfaultfd of others.
         TypeError: a target that is none of these; of a process id, make a `Process`.
@@ -161,7 +162,11 @@ class DirtyTracker(Closing):
         if isinstance(target, Process):
             self.method, self.reason = _chosen(method, _async.supported())
             features = _wanted(self.method) & _offered(self.method)
-            scope = None if ranges is None else _rows.spans_of(ranges, "track")
+            scope = None
+            if ranges is not None:
+                ranges = tuple(ranges)
+                scope = _rows.spans_of(ranges, "track")
+                _rows.refuse_own_memory(target, ranges)
             return target, stack.enter_context(target.attach(features)), scope
         if isinstance(target, Userfaultfd):
             if ranges is None:

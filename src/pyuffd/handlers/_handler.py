@@ -15,6 +15,7 @@ from threading import RLock
 from types import TracebackType
 from typing import Self
 
+from pyuffd._abi import Feature
 from pyuffd._arguments import check_bools, check_int
 from pyuffd._closing import Closing
 from pyuffd._describe import counted
@@ -56,6 +57,8 @@ log = logging.getLogger(__name__)
 DEFAULT_SPIN_US = 50.0
 # EAGAIN ends once the thread that changes the layout has run again: 12 ms on a busy machine.
 RETRY_LIMIT_S = 5.0
+# Events of changes that leave memory served at another address, or in another process.
+MOVES = Feature.EVENT_REMAP | Feature.EVENT_FORK
 # More than 100 million faults are no working set.
 LARGEST_LOG = 1 << 27
 
@@ -271,6 +274,19 @@ class Handler(ServesMany, FillsPages, TracksWrites, EvictsPages, HoldsFaults, St
         if space is None:
             raise ValueError(f"this handler serves nothing with {uffd!r}")
         return space
+
+    def _may_log(self, space: int, region: RangeLike) -> bool:
+        """Return whether faults of a region may be in the fault log.
+
+        A stopped handler has what it logged until then, and memory that was moved is served at
+        another place than it began at.
+        """
+        if self._engine is None or any(one.features & MOVES for one in list(self._spaces)):
+            return True
+        return any(
+            one.id.space == space and one.has_some_of(region.start, region.length)
+            for one in list(self._served.values())
+        )
 
     @property
     def owner_exited(self) -> bool:

@@ -42,6 +42,12 @@ def record(
                 f"the snapshot has nothing at [{address:#x}, {address + region.length:#x})"
             )
     space = 0 if uffd is None else handler.space_of(uffd)
+    for region, _ in pairs:
+        if not handler._may_log(space, region):
+            raise ValueError(
+                f"memory: nothing of [{region.start:#x}, {region.start + region.length:#x}) is"
+                " served by this handler, so that none of its faults is logged"
+            )
     recording = Recording(
         handler.take_faults,
         [

@@ -12,7 +12,7 @@ from pyuffd._pages import RangeLike
 from pyuffd._recording import Until
 from pyuffd._uffd import Userfaultfd
 from pyuffd._working_set import WorkingSet
-from pyuffd.dirty import DirtyTracker
+from pyuffd.dirty import DirtyTracker, _rows
 from pyuffd.handlers import Handler
 from pyuffd.snapshot import (
     _core_from,
@@ -131,8 +131,9 @@ class Snapshot(Opened):
             progress: Called now and then.
 
         Raises:
-            ValueError: bad arguments; a userfaultfd without `ranges`, a tracker of this process, of
-                another than the target, or of a part of what is to be saved.
+            ValueError: bad arguments; `ranges` of which the process has nothing mapped, or a region
+                of this process among those of another; a userfaultfd without `ranges`; a tracker
+                of this process, of another than the target, or of a part of what is to be saved.
             ClosedError: the tracker is closed.
             FileExistsError: EEXIST - there is something with this name.
             HelperLostError: the helper process could not start, or was killed.
@@ -146,6 +147,7 @@ class Snapshot(Opened):
         Kernel: WP_ASYNC and PAGEMAP_SCAN (Linux 6.7) for precopy; ptrace(2).
         GIL: released while copying.  Blocks: as long as it lasts.
         """
+        ranges = None if ranges is None else tuple(ranges)
         request = _request.checked(
             path,
             method=method,
@@ -161,6 +163,9 @@ class Snapshot(Opened):
             progress=progress,
         )
         with _targets.resolved(target, request) as (process, request):
+            if process is not None and ranges is not None and request.scope is not None:
+                _rows.refuse_own_memory(process, ranges)
+                _rows.refuse_unmapped(process, request.scope)
             report = take_by_helper(request) if process is None else _take.take(process, request)
         with cls.open(report.path) as taken:
             if taken.depth >= DEPTH_WARNED:
@@ -282,7 +287,8 @@ class Snapshot(Opened):
             The working set as it is now. If nothing was touched, it is not saved.
 
         Raises:
-            ValueError: a bad name, no fault log, or memory that is no part of the snapshot.
+            ValueError: a bad name, no fault log, or memory that is no part of the snapshot, or that
+                the handler does not serve.
             OSError: the file cannot be written.
 
         GIL: released while waiting.  Threads: may be called in a thread of its own.  Blocks: as

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from pyuffd._abi import Feature
+from pyuffd._abi import Feature, PageCategory
+from pyuffd._page_ranges import PageRange
 from pyuffd._pages import RangeLike
 from pyuffd._uffd import Userfaultfd
 from pyuffd.dirty import DirtyTracker, _rows
-from pyuffd.regions import Region
 from pyuffd.remote._process import Process
 from pyuffd.snapshot._request import TAKING, Request
 
@@ -63,7 +63,7 @@ def _of_descriptor(uffd: Userfaultfd, request: Request) -> Iterator[tuple[Proces
         tracks = request.method in ("auto", "precopy") and request.tracker is None
         if tracks and uffd.features & Feature.WP_ASYNC:
             # The memory is registered with this descriptor, so that no other can track it.
-            ranges = [Region.at(start, end - start) for start, end in request.scope]
+            ranges = [PageRange(*span, PageCategory(0)) for span in request.scope]
             with DirtyTracker(uffd, ranges, method="wp-async") as tracker:
                 yield process, replace(request, tracker=tracker)
             return
