@@ -21,7 +21,7 @@ static void end(struct uffd_saver *saver, int error)
 	if (saver->stats.error)
 		return;
 	saver->stats.error = error;
-	uffd_guard_lift(saver->guard.shared, saver->options.uffd);
+	uffd_guard_lift(&saver->guard, saver->options.uffd);
 	pthread_cond_broadcast(&saver->changed);
 }
 
@@ -38,9 +38,10 @@ bool uffd_saver_owes(const struct uffd_saver *saver)
 	return saver->saves && (saver->saving.owed.left || atomic_load(&saver->sweep.works));
 }
 
+/* Before the instant: what is owed tells the rest. */
 static void note(struct uffd_saver *saver, uint64_t start, uint64_t finish, uint64_t kind)
 {
-	if (uffd_pages_note(&saver->noted, start, finish, kind))
+	if (!saver->saves && uffd_pages_note(&saver->noted, start, finish, kind))
 		end(saver, -ENOMEM);
 }
 
@@ -73,12 +74,9 @@ static void apply(struct uffd_saver *saver, const struct uffd_msg *message)
 	saver->saving.changes++;
 	if (message->event == UFFD_EVENT_REMAP) {
 		uint64_t length = message->arg.remap.len;
-		int ret = uffd_guard_add(&saver->guard, to, to + length);
 
-		if (!ret && saver->saves)
-			ret = uffd_owed_move(&saver->saving.owed, from, to, length);
-		if (ret)
-			end(saver, ret);
+		if (saver->saves && uffd_owed_move(&saver->saving.owed, from, to, length))
+			end(saver, -ENOMEM);
 		note(saver, from, from + length, UFFD_SAVER_CHANGED);
 		note(saver, to, to + length, UFFD_SAVER_CHANGED);
 	} else if (message->event == UFFD_EVENT_REMOVE || message->event == UFFD_EVENT_UNMAP) {

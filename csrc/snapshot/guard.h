@@ -10,8 +10,6 @@
 #include <stdint.h>
 #include <sys/types.h>
 
-#define UFFD_GUARD_SPANS 65536u
-
 /* Shared with the guard. */
 struct uffd_guarded {
 	/* Counts messages that were answered, and looks for some. */
@@ -20,25 +18,19 @@ struct uffd_guarded {
 	_Atomic uint32_t busy;
 	/* The guard has ended the protection. */
 	_Atomic uint32_t ended;
-	/* What is registered. */
-	_Atomic uint32_t count;
-	struct {
-		uint64_t start;
-		uint64_t end;
-	} spans[UFFD_GUARD_SPANS];
 };
 
 struct uffd_guard {
 	struct uffd_guarded *shared;
 	pid_t pid;
+	/* An open /proc/PID/maps for each of the two processes. */
+	int32_t maps_fd, its_maps_fd;
 };
 
-/* Start it; it ends with the thread that calls this, at the latest. */
-int uffd_guard_start(struct uffd_guard *guard, int uffd, uint64_t limit_ns);
-/* -E2BIG: too many. */
-int uffd_guard_add(struct uffd_guard *guard, uint64_t start, uint64_t end);
-/* Lift the protection of all that was added: what the guard does, by this process. */
-void uffd_guard_lift(const struct uffd_guarded *shared, int uffd);
+/* Start it for a target; it ends with the thread that calls this, at the latest. */
+int uffd_guard_start(struct uffd_guard *guard, int uffd, int32_t target, uint64_t limit_ns);
+/* Lift the protection of all memory: what the guard does, by this process. */
+void uffd_guard_lift(const struct uffd_guard *guard, int uffd);
 /* Wait until it has ended, and free it. */
 void uffd_guard_stop(struct uffd_guard *guard);
 

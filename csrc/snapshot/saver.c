@@ -46,7 +46,8 @@ int uffd_saver_create(const struct uffd_saver_options *options, struct uffd_save
 	uffd_cold_open(&saver->saving.cold, options->pid);
 	ret = uffd_ring_create(options->fd, options->memory_pages, &saver->saving.ring);
 	if (!ret)
-		ret = uffd_guard_start(&saver->guard, options->uffd, options->max_stall_ns);
+		ret = uffd_guard_start(&saver->guard, options->uffd, options->pid,
+				       options->max_stall_ns);
 	if (!ret) {
 		ret = uffd_sweep_start(&saver->sweep, &saver->saving, options->fd, options->rate);
 		if (ret)
@@ -100,12 +101,8 @@ int uffd_saver_arm(struct uffd_saver *saver, const struct uffd_page_region *vec,
 			ret = protect(saver, vec[i].start, length);
 			continue;
 		}
-		lock(saver);
-		ret = uffd_guard_add(&saver->guard, vec[i].start, vec[i].end);
-		pthread_mutex_unlock(&saver->lock);
-		if (!ret)
-			ret = uffd_shim_register(saver->options.uffd, vec[i].start, length,
-						 UFFDIO_REGISTER_MODE_WP, &ioctls);
+		ret = uffd_shim_register(saver->options.uffd, vec[i].start, length,
+					 UFFDIO_REGISTER_MODE_WP, &ioctls);
 	}
 	return ret;
 }
@@ -243,7 +240,7 @@ void uffd_saver_destroy(struct uffd_saver **place)
 	pthread_mutex_unlock(&saver->lock);
 	pthread_join(saver->thread, NULL);
 	uffd_sweep_stop(&saver->sweep);
-	uffd_guard_lift(saver->guard.shared, saver->options.uffd);
+	uffd_guard_lift(&saver->guard, saver->options.uffd);
 	uffd_guard_stop(&saver->guard);
 	uffd_ring_destroy(saver->saving.ring);
 	uffd_cold_close(&saver->saving.cold);

@@ -14,7 +14,7 @@
 #include "snapshot/answering.h"
 
 int uffd_saver_create(const struct uffd_saver_options *options, struct uffd_saver **saver_ret);
-/* Register ranges, of which the guard is told, or with `registers` 0 protect them. */
+/* Register ranges, or with `registers` 0 protect them. */
 int uffd_saver_arm(struct uffd_saver *saver, const struct uffd_page_region *vec, uint64_t count,
 		   uint32_t registers);
 /* Protect the first page of ranges; returns those that are not registered. */

@@ -24,7 +24,7 @@ FLOORS = [
     {"watch/words"},
     {"watch/watch"},
     {"uffd_owned", "access/access", "access/ended"},
-    {"dirty/ranges", "remote/cold", "remote/maps", "remote/thread"},
+    {"dirty/ranges", "remote/cold", "remote/maps", "remote/thread", "remote/unregister"},
     {"dirty/drops", "dirty/round", "remote/memory", "remote/pins", "remote/trace", "remote/frame"},
     {"dirty/arm", "remote/inject", "remote/registers", "snapshot/image"},
     {"snapshot/ring", "snapshot/guard", "snapshot/owed", "snapshot/pages", "remote/device"},

@@ -5,18 +5,16 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import cached_property
 
 from pyuffd import _dirty_calls as ranges
 from pyuffd import _image_calls as calls
 from pyuffd import _saver_calls as saver_calls
 from pyuffd._abi import Feature
-from pyuffd._diagnose import unexplained
-from pyuffd._errors import SnapshotError, StopTimeoutError, UffdOSError, raise_errno
+from pyuffd._errors import SnapshotError, StopTimeoutError, raise_errno
 from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE
 from pyuffd._saver_calls import Saver
-from pyuffd._uffd import Userfaultfd
 from pyuffd.dirty import _rows
 from pyuffd.dirty._rows import DENSE_BYTES, DENSE_PART
 from pyuffd.pagemap import PageRanges
@@ -74,7 +72,6 @@ def captured(process: Process, layout_of: Layout, writer: Writer, options: Optio
             rate=int(options.rate or 0),
         )
         cow = _Cow(process, layout_of, writer, options, saver)
-        stack.callback(cow.unregister, uffd)
         stack.callback(saver.close)
         return cow.run()
 
@@ -98,8 +95,6 @@ class _Cow:
         # Written, dropped, unmapped or moved since, and not protected again.
         self._touched = ranges.NO_RANGES
         self._frames = Frames(layout_of, _Frame)
-        self._armed = 0  # mappings
-        self._spans: list[tuple[int, int]] = []  # registered by one call each
         # What of it was not only written.
         self._changed = ranges.NO_RANGES
         # Fixed buffers of io_uring, which the kernel writes without a fault.
@@ -143,21 +138,12 @@ class _Cow:
         self._sweep(result)
         return result
 
-    def unregister(self, uffd: Userfaultfd) -> None:
-        """Unregister many mappings a few at a time; closing the userfaultfd does all at once."""
-        if self._armed <= ranges.AT_ONCE:
-            return
-        for start, end in self._spans:
-            with suppress(UffdOSError), unexplained():  # unmapped since, or its process is gone
-                uffd.unregister(start, end - start)
-
     # Before the stop
 
     def _arm(self, layout: Sequence[Placed]) -> None:
         at_barrier("arming")
         parts = [part for part in layout if _is_protected(part)]
         pieces = pieces_of(parts)
-        self._armed = len(parts)
         for first in range(0, len(parts), ranges.AT_ONCE):
             few = parts[first : first + ranges.AT_ONCE]
             spans = PageRanges.of((part.start, part.end) for part in few)
@@ -195,14 +181,14 @@ class _Cow:
 
     def _register(self, spans: Iterable[tuple[int, int]]) -> None:
         """Register spans, each by one call."""
-        known = len(self._spans)
+        done: list[tuple[int, int]] = []
         for start, end in spans:
             code = self._saver.arm(_packed([(start, end)]), registers=True)
             if not code:
-                self._spans.append((start, end))
+                done.append((start, end))
             elif code in (errno.ESRCH, errno.ENOMEM):
                 self._process.check()
-        self._registered = ranges.union(self._registered, _packed(self._spans[known:]))
+        self._registered = ranges.union(self._registered, _packed(done))
 
     def _protect(self, pages: memoryview) -> memoryview:
         """Protect ranges; return those where it failed, since their mappings change meanwhile."""
@@ -379,8 +365,7 @@ class _Cow:
                 f" ({self._options.max_stall_s:g} s) for a page to be saved: the protection was"
                 " lifted",
             )
-        many = "more of its memory was registered or moved than can be noted"
-        raise_errno("saving pages", code, hint=many if code == errno.E2BIG else "")
+        raise_errno("saving pages", code)
 
 
 class _Frame(Frame):
