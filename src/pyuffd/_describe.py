@@ -84,3 +84,13 @@ def _log(log: logging.Logger, level: int, text: str, error: BaseException | None
     if error is not None:
         record.exc_text = traceback_of(error)  # what formatters print instead of `exc_info`
     log.handle(record)
+
+
+def human_size(size: int) -> str:
+    """Return a size as people read it."""
+    value = float(size)
+    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.1f}".removesuffix(".0") + f" {unit}"

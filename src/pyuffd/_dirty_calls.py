@@ -14,6 +14,7 @@ from typing import Any
 
 from pyuffd._enums import Number
 from pyuffd._errors import raise_errno
+from pyuffd._limits import raise_limit
 from pyuffd._owned import Owner
 from pyuffd._rows import new_ranges, rows_of, take_ranges
 from pyuffd._shim import ffi, lib
@@ -127,7 +128,7 @@ class DropReader(Owner):
         super().__init__(ffi.new("struct uffd_drops **"), lib.uffd_drops_destroy)
         code = lib.uffd_drops_create(uffd, self._cell)
         if code:
-            raise_errno("starting a reader of events", -code)
+            raise_limit("starting a reader of events", -code)
 
     def take(self) -> tuple[memoryview, bool]:
         """Return the ranges of the events since the last call, and whether some are lost."""

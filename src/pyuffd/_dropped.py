@@ -19,6 +19,7 @@ from collections.abc import Callable
 
 from pyuffd._errors import ClosedError
 from pyuffd._latch import Latch
+from pyuffd._room import has_room_for_thread
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def close_dropped(close: Callable[[], object]) -> None:
 
 def _start() -> None:
     """Start the thread unless there is one; at worst the next call or the exit does it."""
-    if not _queue or not _working.acquire(blocking=False):
+    if not _queue or not has_room_for_thread() or not _working.acquire(blocking=False):
         return
     try:
         # Thread.start() takes a lock that the interrupted code may hold.

@@ -9,7 +9,11 @@ from __future__ import annotations
 import errno
 import os
 import resource
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, Literal, NoReturn, Self
+
+from pyuffd._describe import human_size
 
 
 class UffdError(Exception):
@@ -355,8 +359,35 @@ _LIMITS = {
 }
 
 
+# Of a limit of memory that is met when so much more would not fit: the least that is asked for at
+# once, as for the stack of a thread.
+NEARLY = 256 << 10
+# The limit, the field of /proc/self/status, what it counts, the option of ulimit.
+_OF_MEMORY = (
+    ("RLIMIT_AS", "VmSize", "mapped", "-v"),
+    ("RLIMIT_DATA", "VmData", "used", "-d"),
+)
+
+
+def memory_limits(length: int, pid: int = 0) -> Iterator[str]:
+    """Yield the limits of a process (0: this one) that `length` more bytes of memory exceed."""
+    with suppress(OSError, ValueError, MemoryError):
+        with open(f"/proc/{pid or 'self'}/status") as lines:
+            known = dict(line.rstrip("\n").split(":\t", 1) for line in lines if ":\t" in line)
+        for name, field, what, option in _OF_MEMORY:
+            soft, _ = resource.prlimit(pid, getattr(resource, name))
+            used = int(known[field].split()[0]) << 10
+            if soft != resource.RLIM_INFINITY and used + length > soft:
+                yield (
+                    f"{name} is {human_size(soft)}, and {human_size(used)} are {what}:"
+                    f" raise it (`ulimit {option}`)"
+                )
+
+
 def limit_met(code: int) -> str:
     """Return the limit that a system call met, if the errno alone tells it; else ""."""
+    if code == errno.ENOMEM:
+        return next(memory_limits(NEARLY), "")
     if code == errno.ENFILE:
         return "the system has as many open files as fs.file-max allows: raise it (sysctl)"
     if code not in _LIMITS:

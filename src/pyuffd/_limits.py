@@ -8,11 +8,13 @@ import resource
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from pyuffd import _machine
-from pyuffd._errors import UffdOSError, UffdPermissionError, limit_met
+from pyuffd._describe import human_size
+from pyuffd._errors import UffdOSError, UffdPermissionError, limit_met, raise_errno
 from pyuffd._machine import PROC, read_text
+from pyuffd._room import has_room_for_thread
 
 CGROUPS = "/sys/fs/cgroup"
 # Calls that fail with EAGAIN at the limit of processes or threads.
@@ -33,8 +35,22 @@ def raise_start_error(what: str, code: int, call: str) -> NoReturn:
     raise cls(code, f"{what}: {call}", hint=why(code, call))
 
 
+def raise_limit(what: str, code: int, **data: Any) -> NoReturn:
+    """Raise the error of a call that makes threads or processes on its way.
+
+    EAGAIN is not a PartialResolveError here: it means that a limit of them is reached.
+    """
+    if code == errno.EAGAIN:
+        raise UffdOSError(code, what, hint=why_no_task(), **data)
+    raise_errno(what, code, **data)
+
+
 def start_thread(thread: threading.Thread) -> None:
     """Start a thread; if that fails, raise an error that names the limit."""
+    if not has_room_for_thread():
+        raise UffdOSError(
+            errno.ENOMEM, f"start the thread {thread.name}", hint=why(errno.ENOMEM, "mmap")
+        )
     try:
         thread.start()
     except RuntimeError as error:
@@ -65,6 +81,12 @@ def why_error(error: BaseException) -> str:
         return why(errno.ENOMEM, "mmap")
     code = error.errno if isinstance(error, OSError) else None
     return limit_met(code) if code else ""
+
+
+def limit_hint(error: OSError) -> str:
+    """Return the end of a message about a process that could not be made; "" if unknown."""
+    because = why(error.errno or 0, "fork")
+    return f"; {because}" if because else ""
 
 
 def why_no_task() -> str:
@@ -98,7 +120,7 @@ def _task_limits() -> Iterator[tuple[str, int, int]]:
         soft, _ = resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))
         if soft != resource.RLIM_INFINITY:
             mapped, stack = _machine.status()[used_by], _stack_size()
-            sizes = [_machine.human_size(size) for size in (soft, mapped, stack)]
+            sizes = [human_size(size) for size in (soft, mapped, stack)]
             text = "RLIMIT_{0} is {1}, {2} are used, and a thread maps a stack of {3}"
             text = f"{text.format(name, *sizes)}: raise it (`ulimit {option}`)"
             yield text, mapped + stack, soft
@@ -157,7 +179,7 @@ def room_left(fd: int, code: int) -> str:
     with suppress(OSError):
         room = os.fstatvfs(fd)
         free, total = (
-            _machine.human_size(blocks * room.f_frsize) for blocks in (room.f_bavail, room.f_blocks)
+            human_size(blocks * room.f_frsize) for blocks in (room.f_bavail, room.f_blocks)
         )
         return f"{quota}its file system has {free} free of {total}"
     return ""

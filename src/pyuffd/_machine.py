@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from pyuffd._arguments import check_int
-from pyuffd._errors import UffdOSError
+from pyuffd._describe import human_size
+from pyuffd._errors import UffdOSError, memory_limits
 from pyuffd._pages import PAGE_SIZE
 
 # Not pathlib, whose import would be a sixth of the import of pyuffd.
@@ -98,19 +99,7 @@ def why_no_memory(length: int, *, accounted: bool) -> str:
 
 
 def _memory_limits(length: int, accounted: bool) -> Iterator[str]:
-    known = status()
-    soft_as, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if soft_as != resource.RLIM_INFINITY and known["VmSize"] + length > soft_as:
-        yield (
-            f"RLIMIT_AS is {human_size(soft_as)}, and {human_size(known['VmSize'])} are mapped:"
-            " raise it (`ulimit -v`)"
-        )
-    soft_data, _ = resource.getrlimit(resource.RLIMIT_DATA)
-    if soft_data != resource.RLIM_INFINITY and known["VmData"] + length > soft_data:
-        yield (
-            f"RLIMIT_DATA is {human_size(soft_data)}, and {human_size(known['VmData'])} are used:"
-            " raise it (`ulimit -d`)"
-        )
+    yield from memory_limits(length)
     if problem := too_many_mappings():
         yield problem
     mode = read_text(f"{PROC}/sys/vm/overcommit_memory").strip()
@@ -195,15 +184,6 @@ def status() -> dict[str, int]:
         if value.endswith(" kB"):
             sizes[key] = int(value.split()[0]) << 10
     return sizes
-
-
-def human_size(size: int) -> str:
-    value = float(size)
-    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{value:.1f}".removesuffix(".0") + f" {unit}"
 
 
 def _meminfo(key: str) -> int:

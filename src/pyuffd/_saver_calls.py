@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from pyuffd._errors import raise_errno
 from pyuffd._image_calls import Pieces
+from pyuffd._limits import raise_limit
 from pyuffd._owned import Owner
 from pyuffd._rows import new_ranges, rows_of, take_ranges
 from pyuffd._shim import ffi, lib
@@ -56,7 +57,7 @@ class Saver(Owner):
         super().__init__(ffi.new("struct uffd_saver **"), lib.uffd_saver_destroy)
         code = lib.uffd_saver_create(options, self._cell)
         if code:
-            raise_errno("saving pages", -code)
+            raise_limit("saving pages", -code)
 
     def arm(self, ranges: memoryview, *, registers: bool) -> int:
         """Register ranges, or protect registered ones; return an errno."""

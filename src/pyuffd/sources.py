@@ -21,6 +21,7 @@ from pyuffd._describe import short_repr
 from pyuffd._enums import Word
 from pyuffd._errors import ClosedError, HandlerError
 from pyuffd._fork_lock import ForkLock
+from pyuffd._limits import start_thread
 from pyuffd.regions import Region
 
 if TYPE_CHECKING:
@@ -407,7 +408,7 @@ def _own_loop() -> asyncio.AbstractEventLoop:
     with _loops_lock.now:
         if not _loops:
             loop = asyncio.new_event_loop()
-            threading.Thread(target=loop.run_forever, name="uffd-async", daemon=True).start()
+            start_thread(threading.Thread(target=loop.run_forever, name="uffd-async", daemon=True))
             _loops.append(loop)
         return _loops[0]
 

@@ -17,6 +17,7 @@ from pyuffd._arguments import check_bools, check_choice, check_int, check_second
 from pyuffd._closing import Closing
 from pyuffd._errors import ClosedError, CriuError
 from pyuffd._latch import Latch
+from pyuffd._limits import start_thread
 from pyuffd._owned import Descriptor
 from pyuffd._pages import PAGE_SIZE, check_range
 from pyuffd._polling import Poll
@@ -88,7 +89,7 @@ class RemotePages(Closing):
         self._sock = _connected(address, port, self._timeout_s, tls)
         self._sock.setblocking(False)
         self._thread = threading.Thread(target=self._run, name="criu-pages", daemon=True)
-        self._thread.start()
+        start_thread(self._thread)
 
     def read(self, pid: int, address: int, length: int) -> bytearray:
         """Return pages of a process of the images.

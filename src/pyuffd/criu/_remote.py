@@ -17,6 +17,7 @@ from typing import Any
 
 from pyuffd._closing import Closing
 from pyuffd._errors import ClosedError, CriuError, HandoverError
+from pyuffd._limits import start_thread
 from pyuffd._unix_sockets import connect_unix, listen_unix
 from pyuffd.criu._page_server import LARGEST_PID, RemotePages
 
@@ -55,7 +56,7 @@ class PageBroker(Closing):
         thread = threading.Thread(target=target, args=args, name="criu-broker", daemon=True)
         self._threads = [one for one in self._threads if one.is_alive()]
         self._threads.append(thread)
-        thread.start()
+        start_thread(thread)
 
     def _accept(self) -> None:
         while True:

@@ -25,6 +25,7 @@ from pyuffd._errors import (
     UffdOSError,
 )
 from pyuffd._latch import Latch
+from pyuffd._limits import start_thread
 from pyuffd._pages import PAGE_SIZE
 from pyuffd._recording import Recording, Watched
 from pyuffd._uffd import Userfaultfd
@@ -273,7 +274,7 @@ class Restore:
             for number in range(min(self._options.threads, len(work)) - 1)
         ]
         for thread in threads:
-            thread.start()
+            start_thread(thread)
         fill()
         for thread in threads:
             thread.join()

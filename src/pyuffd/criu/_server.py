@@ -19,6 +19,7 @@ from pyuffd._arguments import check_bools, check_int, check_path, check_seconds
 from pyuffd._closing import Closing
 from pyuffd._describe import described, log_error, short_repr
 from pyuffd._errors import ClosedError, CriuError, UffdError
+from pyuffd._limits import start_thread
 from pyuffd._owned import Descriptor
 from pyuffd._polling import Poll
 from pyuffd._uffd import Userfaultfd
@@ -166,7 +167,7 @@ class LazyPages(Closing):
                 )
                 threads = [one for one in threads if one.is_alive()]
                 threads.append(thread)
-                thread.start()
+                start_thread(thread)
         finally:
             for thread in threads:
                 thread.join()
@@ -272,7 +273,7 @@ class _Spare(Closing):
         self._uffd: Userfaultfd | None = None
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._make, name="criu-handler")
-        self._thread.start()
+        start_thread(self._thread)
 
     def _make(self) -> None:
         try:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from contextlib import suppress
 
 from pyuffd import _memory
 from pyuffd._closing import SoleOwner
-from pyuffd._errors import UffdOSError
+from pyuffd._errors import UffdOSError, raise_errno
 from pyuffd._owned import Descriptor
 
 # Small enough to stay in a cache between the read and the copy, large enough that a call from
@@ -31,15 +32,19 @@ class Bounce(SoleOwner):
         self.size = size
         self._memory: mmap.mmap | None = None
         self._views: list[memoryview] = []
-        self._file = Descriptor.memfd("uffd-bounce", os.MFD_CLOEXEC) if shared else Descriptor()
+        self._file = Descriptor()
         try:
             if shared:
+                self._file = Descriptor.memfd("uffd-bounce", os.MFD_CLOEXEC)
                 os.ftruncate(self.fd, size)
                 self._memory = mmap.mmap(self.fd, size)
             else:
                 self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             self.address, _, self.view = _memory.buffer_address(self._memory)
             self._views.append(self.view)
+        except OSError as error:
+            self.close()
+            raise_errno("memory for what is to be filled in", error.errno or errno.EIO, size=size)
         except BaseException:
             self.close()
             raise

@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterable
 
 from pyuffd._closing import attach
 from pyuffd._describe import repr_of
-from pyuffd._errors import HandlerError
+from pyuffd._errors import HandlerError, UffdOSError
 from pyuffd._latch import Latch
+from pyuffd._limits import start_thread
 from pyuffd._overlay import leaves_of
+from pyuffd._room import has_room_for_thread
 from pyuffd.handlers._backend import Backend
 from pyuffd.handlers._serving import Served
 from pyuffd.handlers._threads import WorkedEngine
@@ -139,7 +141,7 @@ class Ending:
         another. Only one of them does the work.
         """
         # Before Python 3.12 a thread that is started now would never run, nor start() return.
-        if sys.is_finalizing():
+        if sys.is_finalizing() or not has_room_for_thread():
             return False
         with self._start_lock:
             if not self._is_started:
@@ -219,8 +221,8 @@ async def leave_in_thread(
                 log.error("pyuffd: %s: %s", failed, error)
 
     try:
-        threading.Thread(target=work, name=name, daemon=True).start()
-    except RuntimeError as reason:
+        start_thread(threading.Thread(target=work, name=name, daemon=True))
+    except UffdOSError as reason:
         log.debug("cannot start a thread that leaves the handler: %s", reason)
         leave()  # it refuses if a page source needs this thread
         return

@@ -13,8 +13,15 @@ from typing import NoReturn
 from pyuffd import _remote_calls as calls
 from pyuffd._abi import USER_MODE_ONLY, Feature, PageBit
 from pyuffd._arguments import check_flags, check_seconds
-from pyuffd._errors import UffdOSError, UnsupportedFeatureError, raise_errno, raise_if_short
-from pyuffd._limits import frozen_cgroup
+from pyuffd._errors import (
+    NEARLY,
+    UffdOSError,
+    UnsupportedFeatureError,
+    memory_limits,
+    raise_errno,
+    raise_if_short,
+)
+from pyuffd._limits import frozen_cgroup, raise_limit
 from pyuffd._opening import probe_api
 from pyuffd._owned import Descriptor
 from pyuffd._remote_calls import Attached, AttachPoint
@@ -257,6 +264,10 @@ def _fail(pid: int, result: Attached | None, tid: int, refusals: Refusals) -> No
         hint = "it is not a 64-bit program of x86-64"
     elif code == errno.EINTR:
         hint = "the process that does it was killed"
+    elif code == errno.ENOMEM and point is AttachPoint.MASKED:
+        hint = next((f"of the target, {limit}" for limit in memory_limits(NEARLY, pid)), "")
+    elif code == errno.EAGAIN and point < AttachPoint.FRAMED:
+        raise_limit(f"{op}, process {pid}", code)  # no process could be made for it
     raise_errno(f"{op}, process {pid}", code, hint=hint)
 
 

@@ -10,8 +10,10 @@ from functools import partial
 from itertools import islice
 from typing import Generic, TypeVar
 
+from pyuffd._errors import UffdOSError
 from pyuffd._image_calls import be_gentle
 from pyuffd._latch import Latch
+from pyuffd._limits import start_thread
 
 T = TypeVar("T")
 
@@ -97,7 +99,7 @@ class Drain(Generic[T]):
         # It starts the others: each start waits until the thread runs, and so would the caller. It
         # does one piece before: the program that has just got the memory needs a CPU and the
         # interpreter's lock then, and the thread that answers its first faults needs a CPU too.
-        self._threads[0].start()
+        start_thread(self._threads[0])
 
     def _thread(self, number: int) -> threading.Thread:
         return threading.Thread(
@@ -111,10 +113,10 @@ class Drain(Generic[T]):
             try:
                 if not self._stopped:
                     thread = self._thread(number)
-                    thread.start()
+                    start_thread(thread)
                     self._threads.append(thread)
                     continue
-            except (RuntimeError, MemoryError):  # no more threads: those that run do it
+            except (UffdOSError, MemoryError):  # no more threads: those that run do it
                 pass
             with self._lock:
                 self._running -= count - number

@@ -6,7 +6,9 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from pyuffd._errors import UffdOSError
 from pyuffd._image_calls import be_gentle
+from pyuffd._limits import start_thread
 
 T = TypeVar("T")
 
@@ -29,8 +31,8 @@ def gently(work: Callable[[], T]) -> T:
 
     thread = threading.Thread(target=run, name="uffd-gently")
     try:
-        thread.start()
-    except RuntimeError:  # there can be no more threads
+        start_thread(thread)
+    except UffdOSError:  # there can be no more threads
         return work()
     try:
         thread.join()

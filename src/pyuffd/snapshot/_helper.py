@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 
 from pyuffd import _remote_calls as calls
 from pyuffd._errors import HelperLostError
+from pyuffd._limits import limit_hint, start_thread
 from pyuffd._owned import Descriptor
 from pyuffd._polling import Poll
 from pyuffd._stdio import socketpair_above_stdio
@@ -82,6 +83,7 @@ def _start(fd: int) -> subprocess.Popen[bytes]:
         raise HelperLostError(
             "the process that takes a snapshot of one's own process could not be started:"
             f" {error.filename or sys.executable}: {error.strerror}"
+            f"{limit_hint(error)}"
         ) from error
 
 
@@ -170,7 +172,7 @@ def main(fd: int, pid: int) -> NoReturn:
 
 def _work(fd: int, pid: int) -> None:
     with socket.socket(fileno=fd) as theirs, Descriptor.of_process(pid) as owner:
-        threading.Thread(target=_follow, args=(owner.number,), daemon=True).start()
+        start_thread(threading.Thread(target=_follow, args=(owner.number,), daemon=True))
         request = _receive(theirs)
         if request is None:
             return

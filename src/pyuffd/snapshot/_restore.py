@@ -18,6 +18,7 @@ from pyuffd._closing import Closing
 from pyuffd._dropped import close_dropped
 from pyuffd._errors import ClosedError, UffdError
 from pyuffd._latch import Latch
+from pyuffd._limits import start_thread
 from pyuffd._pages import PAGE_SIZE
 from pyuffd._recording import Until
 from pyuffd._working_set import WorkingSet
@@ -207,7 +208,7 @@ class Restore(Closing):
                 name="uffd-record",
                 daemon=True,
             )
-            self._recorder.start()
+            start_thread(self._recorder)
 
     def _find_hot(self, serving: Serving, drain: Drain[tuple[Placed, int, int, int]]) -> int:
         self._hot_filled = drain.first(self._hot.jobs(serving.fill_rows))
