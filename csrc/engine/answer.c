@@ -12,6 +12,7 @@
 #include "failures.h"
 #include "fill.h"
 #include "gate.h"
+#include "left.h"
 #include "pause.h"
 #include "put.h"
 #include "queue.h"
@@ -113,6 +114,7 @@ static int put_answer(struct uffd_engine *engine, const struct uffd_request *req
 		wake_again(range, at, past);
 	else
 		wake_turned_away(range, at, past, before);
+	wake_left(range, at, past);
 	count(engine, COUNTER(filled_pages), result.done >> range->page_shift);
 	*filled += result.done;
 	*offset += past - at;
@@ -189,6 +191,7 @@ static void end_pages(struct uffd_engine *engine, const struct uffd_request *req
 				give_up_page(request, range, page, error, stage);
 			else if (claim_requested(range, page))
 				unclaim(range, page, page + range->page_size, UFFD_PAGE_ABSENT);
+			wake_left(range, page, page + range->page_size);
 		}
 		uffd_table_leave(space->table, shard);
 		gate_leave(space);

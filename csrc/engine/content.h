@@ -69,6 +69,7 @@ struct uffd_range_spec {
 	uint64_t id;		/* 0: new */
 	uint64_t origin;	/* of the piece, in the range as it was served */
 	uint64_t piece_length;
+	uint32_t is_left;	/* by mremap(2), see left.h */
 };
 
 /* Offsets are from the first byte of the range as it was served. */

@@ -56,6 +56,8 @@ struct uffd_space {
 	uint32_t layout_events;	/* which are on: UFFD_FEATURE_EVENT_* */
 	_Atomic uint64_t moves;		/* events of moving and unmapping that were applied */
 	struct expected_unmap *expected;
+	struct uffd_range *vacated;	/* see vacated.h */
+	_Atomic bool has_left;		/* pieces in two places, see left.h */
 	bool is_put_off;		/* leader only: no descriptor is free for a fork's event */
 	_Atomic bool gone;		/* its memory no longer exists */
 	struct uffd_table *table;	/* its own, or the process's for inline */
@@ -188,7 +190,8 @@ struct uffd_engine {
 	uint64_t last_taken_ns;
 
 	pthread_mutex_t keeper_lock;	/* one report at a time; taken last */
-	pthread_mutex_t registered_lock;	/* for changes of the spaces' `registered` */
+	pthread_mutex_t registered_lock;	/* for changes of the spaces' `registered`, and `vacated` */
+	_Atomic uint32_t vacated;	/* places in all spaces' lists */
 
 	pthread_t thread;
 	bool inline_started;	/* changed by one thread at a time */

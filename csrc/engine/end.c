@@ -163,6 +163,7 @@ static bool any_stays(struct uffd_engine *engine)
 		for (range = uffd_table_next(space->table, 0); range;
 		     range = uffd_table_next(space->table, range->end))
 			stays |= range->space == space;
+	stays |= atomic_load(&engine->vacated) > 0;
 	pthread_mutex_unlock(&engine->spaces_lock);
 	return stays;
 }
@@ -194,9 +195,10 @@ int uffd_engine_end(struct uffd_engine *engine, uint64_t patience_ns)
 			take_over(engine);
 		uffd_engine_abandon(engine, 0, 0);
 		/* Repeat for pieces that were moved or forked in the meantime. */
+		do
+			settle_moves(engine, &patience);
 		while (take_out_all(engine, false, &patience) ||
-		       take_out_all(engine, true, &patience))
-			;
+		       take_out_all(engine, true, &patience));
 		settle(engine, &patience);
 		if (engine->end.leads)
 			refuse_strays(engine, true);

@@ -19,6 +19,7 @@
 #include "say.h"
 #include "space.h"
 #include "stats.h"
+#include "vacated.h"
 #include "base/clock.h"
 
 /* The first range that overlaps [start, end). */
@@ -119,6 +120,7 @@ static void unmap_pages(struct uffd_space *space, uint64_t start, uint64_t end)
 {
 	uint64_t from, to;
 
+	forget_vacated(space, start, end);
 	if (!take_expected(space, start, end, &from, &to)) {
 		cut(space, start, end);
 		unlist_registered(space, start, end);
@@ -151,6 +153,8 @@ static void move_pages(struct uffd_space *space, uint64_t from, uint64_t to, uin
 	struct uffd_range *range;
 
 	move_registered(space, from, to, length);
+	forget_vacated(space, to, to + length);
+	move_vacated(space, from, to, length);
 	expect_unmap(space, from, end);
 	make_room(space, to, to + length);
 	while ((range = overlapping(space, at, end))) {
@@ -158,6 +162,7 @@ static void move_pages(struct uffd_space *space, uint64_t from, uint64_t to, uin
 
 		at = lower(end, range->end);
 		insert(space, piece_of(range, start, at, start - from + to));
+		note_vacated(range, start, at);
 		cut(space, start, at);
 	}
 }
@@ -215,6 +220,8 @@ static void follow_fork(struct uffd_space *parent, int fd)
 		states_fd = report_states_file(parent);
 		r = clone_ranges(parent, child, states_fd);
 		clone_registered(parent, child);
+		clone_vacated(parent, child);
+		child->has_left = parent->has_left;
 		report_fork(child, states_fd);
 		if (states_fd >= 0)
 			close(states_fd);

@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "drain.h"
+#include "left.h"
 #include "loop.h"
 #include "pending.h"
 #include "prefetch.h"
@@ -193,6 +194,8 @@ static int idle_timeout_ms(struct uffd_engine *engine)
 		ms = lower(due > now ? (due - now) / NS_PER_MS + 1 : 0, LOOK_MS);
 	if (atomic_load(&engine->space_count) > 1 && ms > REAP_INTERVAL_NS / NS_PER_MS)
 		ms = REAP_INTERVAL_NS / NS_PER_MS;
+	if (atomic_load(&engine->vacated))
+		ms = lower(ms, DEFERRED_POLL_MS);
 	return ms == UINT64_MAX ? -1 : (int)ms;
 }
 
@@ -233,6 +236,8 @@ void run_loop(struct uffd_engine *engine, enum leader role)
 		uffd_engine_step(engine, &handled);
 		if (is_dismissed(engine))
 			return;
+		if (atomic_load(&engine->vacated))
+			settle_all_vacated(engine);
 		note_pass(engine);
 		if (engine->forks_followed != forks)
 			reap_spaces(engine, REAP_AT_FORK);

@@ -4,6 +4,7 @@
  * ends the engine also leads it while it waits.
  */
 #define _GNU_SOURCE
+#include "left.h"
 #include "patience.h"
 #include "step.h"
 #include "stray.h"
@@ -28,6 +29,8 @@ static void lead_a_step(struct uffd_engine *engine)
 	if (!engine->end.leads)
 		return;
 	uffd_engine_step(engine, &handled);
+	if (atomic_load(&engine->vacated))
+		settle_all_vacated(engine);
 	if (engine->strays.count)
 		refuse_strays(engine, false);
 	if (engine->deferred.count)

@@ -45,12 +45,19 @@ void remember_fault(struct fault_list *list, const struct deferred_fault *fault)
 	list->faults[list->count++] = *fault;
 }
 
-void forget_faults(struct fault_list *list, const struct uffd_space *space)
+void forget_faults_in(struct fault_list *list, const struct uffd_space *space, uint64_t start,
+		      uint64_t end)
 {
 	size_t kept = 0;
 
 	for (size_t i = 0; i < list->count; i++)
-		if (list->faults[i].space != space)
+		if (list->faults[i].space != space || list->faults[i].address < start ||
+		    list->faults[i].address >= end)
 			list->faults[kept++] = list->faults[i];
 	list->count = kept;
+}
+
+void forget_faults(struct fault_list *list, const struct uffd_space *space)
+{
+	forget_faults_in(list, space, 0, UINT64_MAX);
 }

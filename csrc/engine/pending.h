@@ -11,5 +11,7 @@ static inline void defer_fault(struct uffd_engine *engine, const struct deferred
 	remember_fault(&engine->deferred, fault);
 }
 void forget_faults(struct fault_list *list, const struct uffd_space *space);
+void forget_faults_in(struct fault_list *list, const struct uffd_space *space, uint64_t start,
+		      uint64_t end);
 
 #endif /* UFFD_ENGINE_PENDING_H */

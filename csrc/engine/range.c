@@ -19,6 +19,7 @@ struct uffd_range *range_create(struct uffd_space *space, const struct uffd_rang
 	range->mode = like->mode;
 	atomic_store(&range->ioctls, atomic_load(&like->ioctls));
 	range->id = like->id;
+	range->is_left = like->is_left;
 	range->space = space;
 	range->content = uffd_content_get(like->content);
 	range->pages = uffd_pages_get(like->pages);
@@ -72,15 +73,20 @@ static bool has_some_of(const struct uffd_range *range, const struct uffd_space 
 struct uffd_range *piece_in(struct uffd_space *space, uint64_t id, uint64_t offset, uint64_t end,
 			    uint64_t hint)
 {
-	struct uffd_range *range = uffd_table_find(space->table, hint);
+	struct uffd_range *range = uffd_table_find(space->table, hint), *left = NULL;
 
-	if (has_some_of(range, space, id, offset, end))
+	if (has_some_of(range, space, id, offset, end) && !range->is_left)
 		return range;
-	/* Moved since: a linear search, rare. */
-	for (range = uffd_table_next(space->table, 0);
-	     range && !has_some_of(range, space, id, offset, end);)
-		range = uffd_table_next(space->table, range->end);
-	return range;
+	/* Moved since: a linear search, rare.  What was left behind comes last. */
+	for (range = uffd_table_next(space->table, 0); range;
+	     range = uffd_table_next(space->table, range->end)) {
+		if (!has_some_of(range, space, id, offset, end))
+			continue;
+		if (!range->is_left)
+			return range;
+		left = left ? left : range;
+	}
+	return left;
 }
 
 struct uffd_range *find_piece(struct uffd_space *space, uint64_t id, uint64_t offset,

@@ -65,6 +65,7 @@ static struct uffd_report_piece piece_of(const struct uffd_range *range)
 		.end = range->end,
 		.origin = range->origin,
 		.states_offset = range->pages->states_offset,
+		.is_left = range->is_left,
 	};
 }
 

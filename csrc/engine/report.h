@@ -32,6 +32,7 @@ struct uffd_report_piece {
 	uint64_t end;
 	uint64_t origin;
 	uint64_t states_offset;	/* in the space's states file; unused if forks share states */
+	uint64_t is_left;
 };
 
 void report_added(const struct uffd_range *range);

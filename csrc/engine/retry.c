@@ -5,6 +5,7 @@
 
 #include "answer.h"
 #include "failures.h"
+#include "left.h"
 #include "promise.h"
 #include "queue.h"
 #include "retry.h"
@@ -51,6 +52,7 @@ static uint64_t wake_slice(const struct slices *all, struct uffd_range *range, u
 	(void)all;
 	*done_ret = count_failed(range, from, from + (end - at));
 	*error_ret = uffd_shim_wake(range->space->fd, at, end - at);
+	wake_left(range, at, end);
 	return *error_ret ? at : end;
 }
 

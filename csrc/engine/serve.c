@@ -14,6 +14,7 @@
 #include "slices.h"
 #include "space.h"
 #include "stats.h"
+#include "vacated.h"
 
 static int ensure_zeros(struct uffd_engine *engine, uint64_t page_size)
 {
@@ -40,7 +41,10 @@ static struct uffd_pages *pages_for(struct uffd_space *space, const struct uffd_
 	uint8_t state = absent ? UFFD_PAGE_ABSENT : UFFD_PAGE_DIRTY;
 	struct uffd_pages *pages;
 
-	if (other)
+	/* Private memory that was left behind has states of its own. */
+	if (spec->is_left && !spec->shared)
+		return uffd_pages_create(count, UFFD_PAGE_REMOVED);
+	if (other && (spec->shared || !other->is_left))
 		return uffd_pages_get(other->pages);
 	if (spec->states_fd < 0)
 		return uffd_pages_create(count, state);
@@ -57,6 +61,7 @@ static int add_range(struct uffd_space *space, const struct uffd_range_spec *spe
 		.page_shift = (uint32_t)__builtin_ctzll(spec->page_size),
 		.mode = spec->mode,
 		.id = id,
+		.is_left = spec->is_left,
 	};
 	uint64_t length = spec->id ? spec->piece_length : spec->length;
 	struct uffd_range *range = NULL;
@@ -89,6 +94,8 @@ static int add_range(struct uffd_space *space, const struct uffd_range_spec *spe
 						   : uffd_table_insert(space->table, range);
 	if (r == 0 && !spec->id)
 		report_added(range);
+	if (r == 0 && spec->is_left)
+		space->has_left = true;
 	gate_leave(space);
 	if (r)
 		range_free(range);
@@ -139,6 +146,7 @@ int uffd_engine_note_registered(struct uffd_engine *engine, uint32_t number, uin
 	wait_for_layout(space);
 	gate_enter(space);
 	r = list_registered(space, start, end);
+	forget_vacated(space, start, end);
 	gate_leave(space);
 	/* Afterwards no thread treats it as grown. */
 	await_work(engine);

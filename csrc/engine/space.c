@@ -14,6 +14,7 @@
 #include "range.h"
 #include "registered.h"
 #include "report.h"
+#include "vacated.h"
 #include "space.h"
 #include "base/clock.h"
 #include "uffd_owner.h"
@@ -102,6 +103,7 @@ void space_put(struct uffd_space *space)
 	if (space->owner_pidfd >= 0)
 		close(space->owner_pidfd);
 	drop_expected(space);
+	drop_vacated(space);
 	uffd_table_deinit(&space->own_table);
 	free_registered(space);
 	uffd_free(space);

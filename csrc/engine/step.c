@@ -88,7 +88,7 @@ static enum outcome handle_fault(struct uffd_engine *engine, const struct deferr
 		 * of a fork that shares the page must be retried.
 		 */
 		if (outcome == OUTCOME_IN_FLIGHT && range->content->shared &&
-		    atomic_load(&engine->space_count) > 1)
+		    (atomic_load(&engine->space_count) > 1 || range->space->has_left))
 			outcome = OUTCOME_DEFER;
 		else if (outcome == OUTCOME_DEFER && last_try && !lacks_nothing(range, page, kind))
 			outcome = apply_on_error(range, page, -EAGAIN, UFFD_FAILED_RESOLVE,

@@ -20,6 +20,7 @@
 #include "space.h"
 #include "stats.h"
 #include "stray.h"
+#include "vacated.h"
 #include "base/clock.h"
 
 static enum outcome refuse_unserved(struct uffd_space *space, uint64_t address, bool last_try)
@@ -72,7 +73,7 @@ enum outcome note_stray(const struct deferred_fault *fault, bool last_try)
 		return outcome;
 	if (last_try || atomic_load(&engine->refusing))
 		return refuse_unserved(fault->space, fault->address, last_try);
-	if (layout_is_changing(fault->space))
+	if (is_vacated(fault->space, fault->address) || layout_is_changing(fault->space))
 		return OUTCOME_DEFER;
 	remember_fault(&engine->strays, fault);
 	return OUTCOME_STRAY;

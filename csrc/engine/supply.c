@@ -10,6 +10,7 @@
 #include <errno.h>
 
 #include "barrier.h"
+#include "left.h"
 #include "promise.h"
 #include "put.h"
 #include "range.h"
@@ -62,6 +63,7 @@ static void settle_filled(struct uffd_range *range, uint64_t at, uint64_t past, 
 		wake_again(range, at, past);
 	else
 		wake_turned_away(range, at, past, turned_away);
+	wake_left(range, at, past);
 }
 
 static uint64_t supply_slice(const struct slices *all, struct uffd_range *range, uint64_t at,

@@ -46,6 +46,7 @@ struct uffd_range {
 	struct uffd_range *next_lost;	/* once out of the table but still in use */
 	bool has_readers;		/* readers did not leave when it was taken out */
 	bool stays;			/* registered after the end: it could not be sealed */
+	bool is_left;			/* where it was before it was moved, see left.h */
 };
 
 struct uffd_table_shard {

@@ -12,6 +12,7 @@
 #include "failures.h"
 #include "gate.h"
 #include "grown.h"
+#include "left.h"
 #include "range.h"
 #include "registered.h"
 #include "report.h"
@@ -21,6 +22,7 @@
 #include "spaces.h"
 #include "uffd_shim.h"
 #include "unserve.h"
+#include "vacated.h"
 
 /* What to take out of a range: offsets. */
 struct span {
@@ -106,9 +108,9 @@ static int drop_piece(struct uffd_space *space, const struct piece *piece, const
 	/* It may have been cut meanwhile: take out no more than what was sealed. */
 	from = range->start + (piece->offset - range->origin);
 	stop = lower(range->end, from + (piece->end - piece->offset));
-	*last_ret = atomic_load(&range->pages->references) == 1 ||
-		    (piece->offset == span->offset &&
-		     piece->offset + (stop - from) == span->end);
+	*last_ret = !space->has_left && (atomic_load(&range->pages->references) == 1 ||
+					 (piece->offset == span->offset &&
+					  piece->offset + (stop - from) == span->end));
 	settle_failures(range, content_offset(range, from), content_offset(range, stop));
 	if (from > range->start || stop < range->end) {
 		*last_ret = *last_ret && is_part(span);
@@ -200,6 +202,35 @@ int unserve_in(struct uffd_engine *engine, const struct uffd_range_ref *ref, uin
 	return unserve_span(engine, ref, &WHOLE, flags, patience);
 }
 
+static void settle_moves_in(struct uffd_space *space, struct patience *patience)
+{
+	struct uffd_engine *engine = space->engine;
+	bool settled = false;
+
+	while (!settled && has_vacated(space)) {
+		if (gate_try_close(space)) {
+			settled = settle_vacated(space, ends(engine) && engine->end.leads);
+			gate_leave(space);
+		}
+		if (!settled && !wait_on(patience))
+			break;
+	}
+}
+
+void settle_moves(struct uffd_engine *engine, struct patience *patience)
+{
+	uint32_t spaces = engine->next_space;
+
+	for (uint32_t number = 0; number < spaces && atomic_load(&engine->vacated); number++) {
+		struct uffd_space *space = space_get(engine, number);
+
+		if (!space)
+			continue;
+		settle_moves_in(space, patience);
+		space_put(space);
+	}
+}
+
 static int unserve(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 		   const struct span *span, uint32_t flags, uint64_t patience_ns)
 {
@@ -210,7 +241,10 @@ static int unserve(struct uffd_engine *engine, const struct uffd_range_ref *ref,
 	};
 	uint32_t *forks;
 	size_t found;
-	int r = unserve_span(engine, ref, span, flags, &patience), other;
+	int r, other;
+
+	settle_moves(engine, &patience);
+	r = unserve_span(engine, ref, span, flags, &patience);
 
 	/* Afterwards, as a thread may have forked meanwhile. */
 	other = list_forks(engine, &forks, &found);

@@ -31,4 +31,7 @@ int uffd_engine_unserve_part(struct uffd_engine *engine, const struct uffd_range
 int unserve_in(struct uffd_engine *engine, const struct uffd_range_ref *ref, uint32_t flags,
 	       struct patience *patience);
 
+/* Find out which vacated places are still registered, see left.h. */
+void settle_moves(struct uffd_engine *engine, struct patience *patience);
+
 #endif /* UFFD_ENGINE_UNSERVE_H */

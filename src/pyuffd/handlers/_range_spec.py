@@ -90,6 +90,7 @@ def _set_spec(
         spec.start = taken.piece.start
         spec.origin = taken.piece.origin
         spec.piece_length = taken.piece.end - taken.piece.start
+        spec.is_left = taken.piece.is_left
         spec.states_fd = taken.states_fd
         spec.states_offset = taken.states_offset
     return keeps

@@ -354,13 +354,17 @@ class ReportKind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of a range at its present address; `states_offset` is that of the whole range."""
+    """A part of a range at its present address; `states_offset` is that of the whole range.
+
+    `is_left`: mremap(2) has left this place behind, and there is another piece.
+    """
 
     number: int
     start: int
     end: int
     origin: int
     states_offset: int
+    is_left: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,7 @@ from pyuffd.handlers.process._worker_handle import (
 )
 
 REPORT = struct.Struct("=IIQQQ")  # struct uffd_report
-PIECE = struct.Struct("=QQQQQ")  # struct uffd_report_piece
+PIECE = struct.Struct("=QQQQQQ")  # struct uffd_report_piece
 
 # A worker process that dies this soon, this often in a row, dies of its sources: poison instead.
 SHORT_LIFE_S = 1.0

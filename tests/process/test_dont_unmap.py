@@ -1,0 +1,350 @@
+"""mremap(2) with MREMAP_DONTUNMAP: the old addresses stay mapped, empty and registered.
+
+Its events do not tell so. Private memory is zeros there, as without userfaultfd; shared memory has
+the object's content, of which the pages that nobody has touched come from the source.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Literal
+
+import pytest
+
+from pyuffd import (
+    BufferSource,
+    CallableSource,
+    Feature,
+    Handler,
+    PageState,
+    Region,
+    RegisterMode,
+    UffdOSError,
+    Userfaultfd,
+    _memory,
+)
+from pyuffd.handlers.process._remote import RemoteEngine
+from pyuffd.testing import MEMORY_TYPES, MemoryType, needs
+from pyuffd.testing._needs import needs_kernel_faults
+from tests._child import run_child
+from tests._memory import PAGE, memory_params
+from tests._rooms import region_in_room
+from tests.kernel._serving import in_fork, states, wait_for_stalled
+from tests.process.test_killed_keeper import filled
+
+MAYMOVE, DONTUNMAP = 1, 4
+PAGES = 8
+LENGTH = PAGES * PAGE
+Driver = Literal["native", "thread", "process"]
+DRIVERS: tuple[Driver, ...] = ("native", "thread", "process")
+MEMORY = ("anon", "shmem", "shmem-private")
+MOVE, UNMAP, FORK = Feature.EVENT_REMAP, Feature.EVENT_UNMAP, Feature.EVENT_FORK
+WP = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM
+SOON_S = 4.0  # below the limit of a fault that nobody serves
+
+pytestmark = [needs(MOVE | UNMAP), needs_kernel_faults()]
+
+
+class Moved:
+    """A served region that was moved away, and where it was."""
+
+    def __init__(self, uffd: Userfaultfd, handler: Handler, region: Region, to: int) -> None:
+        self.uffd, self.handler, self.region = uffd, handler, region
+        self.old, self.new = region.start, to
+        self.shared = region.shared
+
+    def read(self, start: int, page: int) -> bytes:
+        return _memory.read(start + page * PAGE, PAGE)
+
+    def check(self, pages: range = range(PAGES)) -> None:
+        """Read each page in both places; every second one in the old place first."""
+        there = b"x" * PAGE if self.shared else bytes(PAGE)
+        for page in pages:
+            if page % 2:
+                assert self.read(self.new, page) == b"x" * PAGE
+            assert self.read(self.old, page) == there
+            assert self.read(self.new, page) == b"x" * PAGE
+
+
+def move(start: int, length: int = LENGTH) -> int:
+    return _memory.mremap(start, length, length, MAYMOVE | DONTUNMAP, 0)
+
+
+@contextlib.contextmanager
+def moved(
+    driver: Driver,
+    name: str,
+    events: Feature = MOVE | UNMAP,
+    *,
+    wp: bool = False,
+    loaded: int = PAGES // 2,
+) -> Iterator[Moved]:
+    """Serve a region, load some of it and move it; nothing must be left to wait for at the end."""
+    features, mode = events, RegisterMode.MISSING
+    if wp:
+        features, mode = features | WP, mode | RegisterMode.WP
+    of: MemoryType = MEMORY_TYPES[name]
+    with Userfaultfd(features=features) as uffd, region_in_room(of, LENGTH) as region:
+        with Handler(uffd, driver=driver) as handler:
+            is_here = driver == "native"
+            source = BufferSource(b"x" * LENGTH) if is_here else CallableSource(filled)
+            handler.serve(region, source, mode=mode)
+            if loaded:
+                region.touch(0, loaded * PAGE)
+            began = time.monotonic()
+            it = Moved(uffd, handler, region, move(region.start))
+            yield it
+            handler.stop()
+            assert time.monotonic() - began < SOON_S
+            assert handler.stats().unserved == 0
+            assert handler.stats().failed == 0
+        # Nothing of it is registered any more, so that these send no event.
+        ends = threading.Thread(target=unmap_both, args=(it,), daemon=True)
+        ends.start()
+        ends.join(SOON_S)
+        assert not ends.is_alive()
+
+
+def unmap_both(it: Moved) -> None:
+    _memory.munmap(it.old, LENGTH)
+    _memory.munmap(it.new, LENGTH)
+    _memory.mmap(LENGTH, 0, 0x22 | 0x10, address=it.old)  # what the room's end unmaps
+
+
+def reads_both(driver: Driver, name: str, unmap: bool, wp: bool) -> None:
+    for loaded in (0, PAGES // 2, PAGES):
+        with moved(
+            driver, name, MOVE | (UNMAP if unmap else Feature(0)), wp=wp, loaded=loaded
+        ) as it:
+            found = states(it.handler, it.region)
+            assert found == [PageState.CLEAN] * loaded + [PageState.ABSENT] * (PAGES - loaded)
+            it.check()
+            if wp:
+                _memory.write(it.new + PAGE, b"y")
+                assert states(it.handler, it.region)[1] == PageState.DIRTY
+                _memory.write(it.old, b"z")
+                assert it.read(it.new, 0)[:1] == (b"z" if it.shared else b"x")
+            else:
+                assert {*states(it.handler, it.region)} == {PageState.CLEAN}
+
+
+@pytest.mark.parametrize("wp", [False, True], ids=["missing", "wp"])
+@pytest.mark.parametrize("unmap", [True, False], ids=["unmap", "no-unmap"])
+@pytest.mark.parametrize("name", MEMORY)
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_both_places(driver: Driver, name: str, unmap: bool, wp: bool) -> None:
+    run_child(reads_both, driver, name, unmap, wp, budget_s=30)
+
+
+def untouched(driver: Driver, name: str, how: str) -> None:
+    """Nobody has touched the old place when serving ends."""
+    for events in (MOVE | UNMAP, MOVE):
+        with moved(driver, name, events) as it:
+            if how == "unserve":
+                it.handler.unserve(it.region)
+            elif how == "part":
+                it.handler.unserve(it.region, PAGE, PAGE)
+                it.handler.unserve(it.region, 0, PAGE)
+            else:
+                it.handler.stop()
+            if name == "shmem":  # no zeros, wherever the object's page is missing
+                for start in (it.old, it.new):
+                    assert it.read(start, 0) == b"x" * PAGE
+                if how != "part":
+                    for start in (it.old, it.new):
+                        with pytest.raises(UffdOSError):
+                            it.read(start, PAGES - 1)
+            else:
+                assert it.read(it.old, PAGES - 1) == bytes(PAGE)
+
+
+@pytest.mark.parametrize("how", ["stop", "unserve", "part"])
+@pytest.mark.parametrize("name", MEMORY)
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_the_end_of_serving(driver: Driver, name: str, how: str) -> None:
+    run_child(untouched, driver, name, how, budget_s=30)
+
+
+def one_page_in_two_places() -> None:
+    """Threads wait for one page of shared memory in both places; all of them get its content."""
+    asked, answer = threading.Event(), threading.Event()
+
+    def slow(offset: int, length: int) -> bytes:
+        asked.set()
+        answer.wait()
+        return b"x" * length
+
+    of = MEMORY_TYPES["shmem"]
+    with Userfaultfd(features=MOVE | UNMAP) as uffd, region_in_room(of, LENGTH) as region:
+        handler = Handler(uffd, driver="thread")
+        handler.serve(region, CallableSource(slow))
+        handler.start()
+        old, new = region.start, move(region.start)
+        found: list[bytes] = []
+
+        def read(start: int) -> None:
+            found.append(_memory.read(start, PAGE))
+
+        readers = [threading.Thread(target=read, args=(start,)) for start in (old, new, old)]
+        for reader in readers:
+            reader.start()
+            asked.wait()
+        time.sleep(0.05)  # they wait, or come later: both must end
+        answer.set()
+        for reader in readers:
+            reader.join(SOON_S)
+        assert found == [b"x" * PAGE] * 3
+        handler.stop()
+        _memory.munmap(new, LENGTH)
+
+
+def test_waiting_in_both_places() -> None:
+    run_child(one_page_in_two_places)
+
+
+def moved_beneath_a_wait(name: str) -> None:
+    """A thread waits for a page when its memory is moved away: it faults again."""
+    asked, answer = threading.Event(), threading.Event()
+
+    def slow(offset: int, length: int) -> bytes:
+        asked.set()
+        answer.wait()
+        return b"x" * length
+
+    of = MEMORY_TYPES[name]
+    with Userfaultfd(features=MOVE | UNMAP) as uffd, region_in_room(of, LENGTH) as region:
+        handler = Handler(uffd, driver="thread")
+        handler.serve(region, CallableSource(slow))
+        handler.start()
+        found: list[bytes] = []
+        old = region.start
+        reader = threading.Thread(target=lambda: found.append(_memory.read(old, PAGE)))
+        reader.start()
+        asked.wait()
+        wait_for_stalled(uffd, 1)
+        new = move(old)
+        if not of.shared:  # it need not wait for the source
+            reader.join(SOON_S)
+            assert not reader.is_alive()
+        answer.set()
+        reader.join(SOON_S)
+        assert found == [b"x" * PAGE if of.shared else bytes(PAGE)]
+        assert _memory.read(new, PAGE) == b"x" * PAGE
+        handler.stop()
+        _memory.munmap(new, LENGTH)
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_moved_beneath_a_wait(name: str) -> None:
+    run_child(moved_beneath_a_wait, name)
+
+
+def forked(driver: Driver, name: str) -> None:
+    """A fork has both places, whether the parent has found out about the old one or not."""
+    for waits_s in (0.0, 0.05):
+        with moved(driver, name, MOVE | UNMAP | FORK) as it:
+            time.sleep(waits_s)
+            assert in_fork(it.check) == 0
+            it.check()
+
+
+@needs(FORK)
+@pytest.mark.parametrize("name", MEMORY)
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_forks(driver: Driver, name: str) -> None:
+    run_child(forked, driver, name, budget_s=30)
+
+
+def moved_on(driver: Driver, name: str) -> None:
+    """Moved again, from the new place and from the old one."""
+    with moved(driver, name) as it:
+        second = move(it.old)  # what was left behind
+        third = move(it.new)
+        for place in (it.old, it.new, second):
+            there = b"x" * PAGE if it.shared else bytes(PAGE)
+            assert [it.read(place, page) for page in range(PAGES)] == [there] * PAGES
+        assert [it.read(third, page) for page in range(PAGES)] == [b"x" * PAGE] * PAGES
+        for place in (second, third):
+            _memory.munmap(place, LENGTH)
+
+
+@pytest.mark.parametrize("name", MEMORY)
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_moved_again(driver: Driver, name: str) -> None:
+    run_child(moved_on, driver, name)
+
+
+def reused(driver: Driver, name: str) -> None:
+    """The old place is served anew after it was unmapped, or moved from again and again."""
+    with moved(driver, name) as it:
+        for _ in range(20):
+            if name == "shmem":
+                break
+            # As a garbage collector does: fill the old place, and move it away once more.
+            _memory.write(it.old, b"live")
+            away = move(it.old)
+            assert _memory.read(away, 4) == b"live"
+            assert it.read(it.old, 0) == bytes(PAGE)
+            _memory.munmap(away, LENGTH)
+        _memory.munmap(it.old, LENGTH)
+        start = _memory.mmap(LENGTH, 3, 0x22 | 0x10, address=it.old)
+        with Region.at(start, LENGTH) as again:
+            data = b"a" * LENGTH
+            source = BufferSource(data) if driver == "native" else CallableSource(answer_a)
+            it.handler.serve(again, source)
+            assert again.read() == data
+            it.handler.unserve(again)
+        assert it.read(it.new, PAGES - 1) == b"x" * PAGE
+
+
+def answer_a(offset: int, length: int) -> bytes:
+    return b"a" * length
+
+
+@pytest.mark.parametrize("name", MEMORY)
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_reused(driver: Driver, name: str) -> None:
+    run_child(reused, driver, name)
+
+
+def on_huge_pages(name: str) -> None:
+    of = MEMORY_TYPES[name]
+    with (
+        Userfaultfd(features=MOVE | UNMAP | Feature.MISSING_HUGETLBFS) as uffd,
+        of.make(2 << 20) as region,
+        Handler(uffd) as handler,
+    ):
+        handler.serve(region, BufferSource(b"x" * region.length))
+        with pytest.raises(UffdOSError):
+            move(region.start, region.length)
+        assert region.read(0, 1) == b"x"
+
+
+@pytest.mark.parametrize("name", memory_params("hugetlb", "hugetlb-private"))
+def test_huge_pages(name: str) -> None:
+    """Linux refuses it."""
+    run_child(on_huge_pages, name)
+
+
+def worker_killed(name: str) -> None:
+    """The next worker process knows both places."""
+    with moved("process", name) as it:
+        it.check(range(PAGES - 1, PAGES))  # it has found out
+        engine = it.handler._engine
+        assert isinstance(engine, RemoteEngine)
+        _, worker = engine.pids()
+        os.kill(worker, signal.SIGKILL)
+        it.check()
+        assert {*states(it.handler, it.region)} == {PageState.CLEAN}
+        assert it.handler.stats().restarts == 1
+        it.handler.unserve(it.region)
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_a_killed_worker(name: str) -> None:
+    run_child(worker_killed, name)
