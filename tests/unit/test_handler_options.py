@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 
 from pyuffd import Feature, Handler, HandlerError, Latency, PageState, Userfaultfd, ZeroSource
+from pyuffd.handlers import _checks
 from pyuffd.handlers._checks import handler_error
 from pyuffd.handlers._types import Failure, FailureStage
 
@@ -171,6 +172,26 @@ def test_failure_error(stage: FailureStage) -> None:
     assert "3 pages" in str(error)
     copy = pickle.loads(pickle.dumps(error))
     assert (str(copy), copy.start, copy.length) == (str(error), error.start, error.length)
+
+
+def test_a_failure_begins_with_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of huge pages that ran out it said "Resource temporarily unavailable"."""
+    looked: list[tuple[int, int]] = []
+
+    def why(code: int, address: int, pid: int) -> str:
+        looked.append((address, pid))
+        return "no huge page was free for it: 0 of 2 are"
+
+    monkeypatch.setattr(_checks, "why_unresolved", why)
+    failure = Failure(2, 0xABC000, 0x1000, errno.EAGAIN, FailureStage.RESOLVE)
+    assert str(handler_error(failure, None, 7)) == (
+        "a fault could not be resolved at 0xabc000: no huge page was free for it: 0 of 2 are"
+        " (Resource temporarily unavailable; 2 pages in all)"
+    )
+    assert looked == [(0xABC000, 7)]
+    # Nobody knows whose memory it is: what this process has at the address tells nothing.
+    handler_error(failure, None)
+    assert len(looked) == 1
 
 
 def test_failure_without_a_place() -> None:

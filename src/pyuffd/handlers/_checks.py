@@ -179,8 +179,13 @@ _NOT_ANSWERED = {
 }
 
 
-def handler_error(failure: Failure, source: SourceFailure | None) -> HandlerError:
-    """Return what stop() raises: the first failure, with the source's exception as its cause."""
+def handler_error(
+    failure: Failure, source: SourceFailure | None, owner_pid: int = 0
+) -> HandlerError:
+    """Return what stop() raises: the first failure, with the source's exception as its cause.
+
+    `owner_pid` is the process whose memory it is; 0 if there are several, or it is unknown.
+    """
     what = {
         FailureStage.SOURCE: "the content of a page could not be read",
         FailureStage.RESOLVE: "a fault could not be resolved",
@@ -201,13 +206,15 @@ def handler_error(failure: Failure, source: SourceFailure | None) -> HandlerErro
     if not address and source is not None:
         address, length = source.start, source.length
     place = f" at {address:#x}" if address else ""
-    hint = why_unresolved(failure.error, address)
+    hint = why_unresolved(failure.error, address, owner_pid) if owner_pid else ""
     why = failure.text
     if failure.error == errno.EOWNERDEAD and source is not None:  # which, and what ended it
         why = text_of(source.error)
+    pages = counted(failure.count, "page")
+    # What the kernel says of a lack of huge pages, "Resource temporarily unavailable", is no cause.
+    because = f"{hint} ({why}; {pages} in all)" if hint else f"{why} ({pages} in all)"
     error = HandlerError(
-        f"{what}{place}: {why} ({counted(failure.count, 'page')} in all)"
-        + (f"; {hint}" if hint else ""),
+        f"{what}{place}: {because}",
         address or None,
         length or None,
     )

@@ -179,7 +179,8 @@ class Stops(HandlerBase):
             if not ended.stays:
                 for uffd in list(self._spaces):
                     uffd._let_close(ending_user)
-        error = None if failure is None else handler_error(failure, source_failure)
+        owner = self._options["owner_pid"] if len(self._spaces) == 1 else 0
+        error = None if failure is None else handler_error(failure, source_failure, owner)
         # An exception of a source in this process has been logged already.
         if error is not None and (source_failure is None or engine.is_remote):
             log_error(log, str(error), error.__cause__)
