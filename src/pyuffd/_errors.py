@@ -370,18 +370,22 @@ _OF_MEMORY = (
 
 
 def memory_limits(length: int, pid: int = 0) -> Iterator[str]:
-    """Yield the limits of a process (0: this one) that `length` more bytes of memory exceed."""
-    with suppress(OSError, ValueError, MemoryError):
-        with open(f"/proc/{pid or 'self'}/status") as lines:
-            known = dict(line.rstrip("\n").split(":\t", 1) for line in lines if ":\t" in line)
-        for name, field, what, option in _OF_MEMORY:
-            soft, _ = resource.prlimit(pid, getattr(resource, name))
-            used = int(known[field].split()[0]) << 10
-            if soft != resource.RLIM_INFINITY and used + length > soft:
-                yield (
-                    f"{name} is {human_size(soft)}, and {human_size(used)} are {what}:"
-                    f" raise it (`ulimit {option}`)"
-                )
+    """Yield the limits of a process (0: this one) that `length` more bytes of memory exceed.
+
+    Where there is not even memory to look at what is used, each limit that is set may be it.
+    """
+    known: dict[str, str] = {}
+    with suppress(OSError, ValueError, MemoryError), open(f"/proc/{pid or 'self'}/status") as lines:
+        known = dict(line.rstrip("\n").split(":\t", 1) for line in lines if ":\t" in line)
+    for name, field, what, option in _OF_MEMORY:
+        soft, _ = resource.prlimit(pid, getattr(resource, name))
+        if soft == resource.RLIM_INFINITY:
+            continue
+        text, used = "", int(known[field].split()[0]) << 10 if field in known else soft
+        if field in known:
+            text = f", and {human_size(used)} are {what}"
+        if used + length > soft:
+            yield f"{name} is {human_size(soft)}{text}: raise it (`ulimit {option}`)"
 
 
 def limit_met(code: int) -> str:

@@ -12,17 +12,21 @@ from typing import Any, NoReturn
 
 from pyuffd import _machine
 from pyuffd._describe import human_size
-from pyuffd._errors import UffdOSError, UffdPermissionError, limit_met, raise_errno
+from pyuffd._errors import (
+    UffdOSError,
+    UffdPermissionError,
+    limit_met,
+    memory_limits,
+    raise_errno,
+)
 from pyuffd._machine import PROC, read_text
-from pyuffd._room import has_room_for_thread
+from pyuffd._room import ROOM, has_room_for_thread, stack_size
 
 CGROUPS = "/sys/fs/cgroup"
 # Calls that fail with EAGAIN at the limit of processes or threads.
 MAKE_TASKS = ("clone", "fork", "vfork", "pthread_create")
 # What Python says of pthread_create(3), whose errno it does not tell.
 NO_THREAD = "can't start new thread"
-# The size of a thread's stack in glibc if RLIMIT_STACK is unlimited.
-STACK = 2 << 20
 SECCOMP_FILTER = "2"  # of /proc/PID/status
 
 
@@ -48,9 +52,8 @@ def raise_limit(what: str, code: int, **data: Any) -> NoReturn:
 def start_thread(thread: threading.Thread) -> None:
     """Start a thread; if that fails, raise an error that names the limit."""
     if not has_room_for_thread():
-        raise UffdOSError(
-            errno.ENOMEM, f"start the thread {thread.name}", hint=why(errno.ENOMEM, "mmap")
-        )
+        because = _machine.why_no_memory(stack_size() + ROOM, accounted=False)
+        raise UffdOSError(errno.ENOMEM, f"start the thread {thread.name}", hint=because)
     try:
         thread.start()
     except RuntimeError as error:
@@ -69,7 +72,7 @@ def why(code: int, call: str) -> str:
         if code == errno.EAGAIN and call in MAKE_TASKS:
             return why_no_task()
         if code == errno.ENOMEM:
-            return _machine.why_no_memory(_stack_size(), accounted=False)
+            return _machine.why_no_memory(stack_size(), accounted=False)
         if code in (errno.EPERM, errno.EACCES, errno.ENOSYS):
             return _why_refused(code, call)
     return limit_met(code)
@@ -81,6 +84,12 @@ def why_error(error: BaseException) -> str:
         return why(errno.ENOMEM, "mmap")
     code = error.errno if isinstance(error, OSError) else None
     return limit_met(code) if code else ""
+
+
+def raise_shortage(what: str, error: MemoryError) -> NoReturn:
+    """Raise what an object that Python could not allocate means: MemoryError tells no limit."""
+    because = next(memory_limits(ROOM), "no memory is left")
+    raise UffdOSError(errno.ENOMEM, what, hint=because) from error
 
 
 def limit_hint(error: OSError) -> str:
@@ -119,7 +128,7 @@ def _task_limits() -> Iterator[tuple[str, int, int]]:
     for name, used_by, option in (("AS", "VmSize", "-v"), ("DATA", "VmData", "-d")):
         soft, _ = resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))
         if soft != resource.RLIM_INFINITY:
-            mapped, stack = _machine.status()[used_by], _stack_size()
+            mapped, stack = _machine.status()[used_by], stack_size()
             sizes = [human_size(size) for size in (soft, mapped, stack)]
             text = "RLIMIT_{0} is {1}, {2} are used, and a thread maps a stack of {3}"
             text = f"{text.format(name, *sizes)}: raise it (`ulimit {option}`)"
@@ -233,11 +242,6 @@ def _tasks_of(uid: int) -> int:
 def _status(process: str) -> dict[str, str]:
     lines = read_text(f"{PROC}/{process}/status").splitlines()
     return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
-
-
-def _stack_size() -> int:
-    soft, _ = resource.getrlimit(resource.RLIMIT_STACK)
-    return STACK if soft == resource.RLIM_INFINITY else soft
 
 
 def _why_refused(code: int, call: str) -> str:

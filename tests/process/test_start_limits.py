@@ -25,6 +25,7 @@ from pyuffd import (
     Region,
     UffdOSError,
     Userfaultfd,
+    _machine,
 )
 from pyuffd.testing import no_leaks
 from tests._child import run_child
@@ -256,6 +257,46 @@ def test_limits(driver: str, name: str, room: int, said: str) -> None:
         assert problem == ""
 
 
+def little_room(driver: str, name: str, rooms: list[int]) -> list[str]:
+    """Start and stop with a little room left, and more each time."""
+    attempt(driver)
+    found = []
+    for room in rooms:
+        try:
+            found.append(limited_use(driver, name, room))
+        except BaseException as error:
+            found.append(f"{type(error).__name__}: {error}")
+    return found
+
+
+def limited_use(driver: str, name: str, room: int) -> str:
+    """Use a driver; the userfaultfd and the region are made before."""
+    number = getattr(resource, f"RLIMIT_{name}")
+    before = resource.getrlimit(number)
+    problem = ""
+    with uffd_for(driver) as uffd, Region.anonymous(LENGTH) as region:
+        used = _machine.status()["VmSize" if name == "AS" else "VmData"]
+        resource.setrlimit(number, (used + room, before[1]))
+        try:
+            with handler_of(driver, uffd, region):
+                assert region.read() == content(LENGTH)
+        except (UffdOSError, HandlerError, MemoryError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        finally:
+            resource.setrlimit(number, before)
+    return problem
+
+
+@pytest.mark.parametrize("name", ["AS", "DATA"])
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_little_room(driver: str, name: str) -> None:
+    """With room for the stack of a thread and no more, the start or the stop waited forever."""
+    rooms = [0, MIB // 16, MIB // 4, *(n * MIB for n in (1, 2, 4, 8, 9, 10, 12, 17, 20, 26))]
+    problems = run_child(little_room, driver, name, rooms, budget_s=60).value
+    for problem in problems:
+        assert problem == "" or f"RLIMIT_{name}" in problem, problems
+
+
 WITHOUT_IMPORTS = """
 import ctypes
 import pyuffd
@@ -277,6 +318,38 @@ def test_no_memory_to_load_modules(tmp_path: Path) -> None:
     """The cause is looked up without loading a module, which would fail as well."""
     ended = run_program(tmp_path, WITHOUT_IMPORTS)
     assert "RLIMIT_AS" in ended.stdout, ended.stderr
+
+
+LITTLE_ROOM = """
+import resource, sys
+import pyuffd
+
+Handler, Region, Userfaultfd = pyuffd.Handler, pyuffd.Region, pyuffd.Userfaultfd
+Source, UffdOSError = pyuffd.CallableSource, pyuffd.UffdOSError
+name, driver, room = sys.argv[1], sys.argv[2], int(sys.argv[3])
+field = {"AS": "VmSize:", "DATA": "VmData:"}[name]
+with open("/proc/self/status") as lines:
+    used = next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
+number = getattr(resource, f"RLIMIT_{name}")
+resource.setrlimit(number, (used + room, resource.RLIM_INFINITY))
+try:
+    with Userfaultfd() as uffd, Region.anonymous(8192) as region:
+        with Handler(uffd, driver=driver) as handler:
+            handler.serve(region, Source(lambda offset, length: b"x" * length))
+except UffdOSError as error:
+    problem = str(error)
+resource.setrlimit(number, (resource.RLIM_INFINITY,) * 2)
+print(problem)
+"""
+
+
+@pytest.mark.crossing
+@pytest.mark.parametrize("room", range(0, 9 * MIB // 16, MIB // 16))
+@pytest.mark.parametrize("name", ["AS", "DATA"])
+def test_no_room_for_the_objects_of_a_handler(name: str, room: int, tmp_path: Path) -> None:
+    """It was a MemoryError without a word, if it came at an object of Python."""
+    ended = run_program(tmp_path, LITTLE_ROOM, arguments=(name, "thread", str(room)))
+    assert f"RLIMIT_{name} is" in ended.stdout, ended.stderr
 
 
 def test_address_space_for_the_process_driver() -> None:

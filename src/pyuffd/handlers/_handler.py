@@ -21,6 +21,7 @@ from pyuffd._closing import Closing
 from pyuffd._describe import counted
 from pyuffd._dropped import close_dropped
 from pyuffd._errors import HandlerError
+from pyuffd._limits import raise_shortage
 from pyuffd._pages import RangeLike
 from pyuffd._uffd import Userfaultfd
 from pyuffd._watch import stderr_fd
@@ -213,12 +214,14 @@ class Handler(ServesMany, FillsPages, TracksWrites, EvictsPages, HoldsFaults, St
             uffd._on_close(self._at_close)
             engine.own()
             self._engine = engine  # last: until here no other code stops it
-        except BaseException:
+        except BaseException as error:
             uffd._forget_on_close(self._at_close)
             if engine is not None:
                 engine.destroy()
             uffd._release_events(self)
             uffd._let_close(id(self))
+            if isinstance(error, MemoryError):
+                raise_shortage("make a handler", error)
             raise
 
     # Running
@@ -242,7 +245,10 @@ class Handler(ServesMany, FillsPages, TracksWrites, EvictsPages, HoldsFaults, St
             engine = self._running_engine()
             if self._started:
                 return
-            engine.start(self._cpus)
+            try:
+                engine.start(self._cpus)
+            except MemoryError as error:
+                raise_shortage("start a handler", error)
             self._started = True
             self._at_close.keeps = self
             for uffd in self._spaces:

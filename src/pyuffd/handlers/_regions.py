@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from pyuffd._abi import Ioctl, RegisterMode
 from pyuffd._describe import repr_of
 from pyuffd._errors import ClosedError, HelperLostError, UffdError
+from pyuffd._limits import raise_shortage
 from pyuffd._pages import RangeLike
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers._backend import Backend
@@ -167,9 +168,11 @@ class ServesRegions(Unserves):
                 return self._serve(
                     engine, region, content, borrowed, mode, preserve, local, uffd, present, ioctls
                 )
-        except BaseException:
+        except BaseException as error:
             if not any(one.borrowed is borrowed for one in list(self._served.values())):
                 borrowed.let_go()
+            if isinstance(error, MemoryError):
+                raise_shortage("serve a region", error)
             raise
 
     def _serve(
