@@ -120,6 +120,9 @@ class FillsPages(HandlerBase):
         fetched; `on_error` applies only to pages that a thread waits for. With a source in Python,
         stop() raises the failure too, unless the page has been filled by then.
 
+        Guard pages (MADV_GUARD_INSTALL) are absent, and UFFDIO_COPY puts a page in their place
+        (measured on Linux 6.18); so do `load`, `fill` and `prefetch`. Install them afterwards.
+
         Args:
             region: A served region.
             offset: Where to begin in bytes, a multiple of the page size.
