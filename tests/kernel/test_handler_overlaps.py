@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -256,3 +257,37 @@ def check_many_ranges() -> None:
 def test_many_ranges() -> None:
     """The time for one more range does not grow with the number of served ranges."""
     run_child(check_many_ranges, budget_s=60)
+
+
+def lines_for(count: int) -> list[int]:
+    """Lines of Python that serving so many ranges, and taking them out again, executes."""
+    executed = [0]
+
+    def trace(_frame: object, event: str, _arg: object) -> Any:
+        executed[0] += event == "line"
+        return trace
+
+    source, found = BufferSource(b"a" * PAGE), []
+    with Region.anonymous(2 * count * PAGE) as region, handler_of("native") as handler:
+        ranges = [HandoverRange(region.start + 2 * n * PAGE, PAGE, PAGE) for n in range(count)]
+        for call in (lambda one: handler.serve(one, source), handler.unserve):
+            executed[0] = 0
+            sys.settrace(trace)
+            try:
+                for one in ranges:
+                    call(one)
+            finally:
+                sys.settrace(None)
+            found.append(executed[0])
+    return found
+
+
+def test_lines_of_many_ranges() -> None:
+    """A count, which no other load changes: a loop over a tenth of the ranges would be seen."""
+    few, many = 200, 2_000
+    for one, other in zip(
+        run_child(lines_for, few).value,
+        run_child(lines_for, many, budget_s=30).value,
+        strict=True,
+    ):
+        assert other / many <= 1.1 * one / few
