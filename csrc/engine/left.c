@@ -65,58 +65,54 @@ static int serve_left(struct uffd_range *place)
 	return r;
 }
 
+/*
+ * The place is taken off the list when its faults have an answer: before that they are
+ * deferred, and otherwise they could be taken for those of a mapping that has grown.
+ */
 static void take_up(struct uffd_range *place, bool leads)
 {
 	struct uffd_space *space = place->space;
 	struct uffd_engine *engine = space->engine;
 	uint64_t start = place->start, end = place->end, from, to;
-	int r;
+	bool is_kept = place->content->shared || has_cache(place);
+	int r = is_kept ? serve_left(place) : uffd_shim_unregister(space->fd, start, end - start);
 
 	while (take_expected(space, start, end, &from, &to))
 		;
-	if (place->content->shared || has_cache(place)) {
-		r = serve_left(place);
-		if (r) {
-			note_failure(engine, start, end - start, r, UFFD_FAILED_RESOLVE);
-			range_free(place);
-		}
-	} else {
-		uffd_shim_unregister(space->fd, start, end - start);
-		if (leads) {
-			forget_faults_in(&engine->deferred, space, start, end);
-			forget_faults_in(&engine->strays, space, start, end);
-		}
-		range_free(place);
+	unlink_vacated(place);
+	if (!is_kept && leads) {
+		forget_faults_in(&engine->deferred, space, start, end);
+		forget_faults_in(&engine->strays, space, start, end);
 	}
+	if (is_kept && r)
+		note_failure(engine, start, end - start, r, UFFD_FAILED_RESOLVE);
+	if (!is_kept || r)
+		range_free(place);
 	uffd_shim_wake(space->fd, start, end - start);
 	report_pieces(space);
 }
 
 bool settle_vacated(struct uffd_space *space, bool leads)
 {
-	struct uffd_range *place, *kept = NULL;
-	bool is_left, settled;
+	struct uffd_range *place = space->vacated, *next;
+	bool is_left, settled = true;
 
-	if (!has_vacated(space))
+	if (!place)
 		return true;
 	if (layout_is_changing(space))
 		return false;
-	while ((place = take_vacated(space))) {
+	for (; place; place = next) {
 		int r = look_at(place, &is_left);
 
-		if (r == 0 && is_left) {
+		next = place->next_lost;
+		if (r == -EAGAIN) {
+			settled = false;
+		} else if (r == 0 && is_left) {
 			take_up(place, leads);
-		} else if (r == -EAGAIN) {
-			place->next_lost = kept;
-			kept = place;
 		} else {
+			unlink_vacated(place);
 			range_free(place);
 		}
-	}
-	settled = !kept;
-	while ((place = kept)) {
-		kept = place->next_lost;
-		give_back_vacated(place);
 	}
 	return settled;
 }

@@ -65,15 +65,22 @@ static enum outcome refuse_unserved(struct uffd_space *space, uint64_t address, 
  */
 enum outcome note_stray(const struct deferred_fault *fault, bool last_try)
 {
-	struct uffd_engine *engine = fault->space->engine;
-	enum outcome outcome = resolve_grown(fault->space->table, fault->address,
-					     fault_kind(fault->flags));
+	struct uffd_space *space = fault->space;
+	struct uffd_engine *engine = space->engine;
+	/* Perhaps left behind by a move, or served since the caller looked. */
+	bool is_unknown = is_vacated(space, fault->address) ||
+			  uffd_table_find(space->table, fault->address);
+	enum outcome outcome = OUTCOME_STRAY;
 
+	if (is_unknown && !last_try)
+		return OUTCOME_DEFER;
+	if (!is_unknown)
+		outcome = resolve_grown(space->table, fault->address, fault_kind(fault->flags));
 	if (outcome != OUTCOME_STRAY && !(outcome == OUTCOME_DEFER && last_try))
 		return outcome;
 	if (last_try || atomic_load(&engine->refusing))
-		return refuse_unserved(fault->space, fault->address, last_try);
-	if (is_vacated(fault->space, fault->address) || layout_is_changing(fault->space))
+		return refuse_unserved(space, fault->address, last_try);
+	if (layout_is_changing(space))
 		return OUTCOME_DEFER;
 	remember_fault(&engine->strays, fault);
 	return OUTCOME_STRAY;

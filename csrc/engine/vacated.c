@@ -44,21 +44,16 @@ static struct uffd_range *place_of(struct uffd_space *space, const struct uffd_r
 	return place;
 }
 
-void give_back_vacated(struct uffd_range *place)
+void note_vacated(const struct uffd_range *range, uint64_t start, uint64_t end)
 {
-	struct uffd_space *space = place->space;
+	struct uffd_space *space = range->space;
+	struct uffd_range *place = place_of(space, range, start, end, start);
 
+	if (!place)
+		return;
 	pthread_mutex_lock(lock_of(space));
 	add(space, place);
 	pthread_mutex_unlock(lock_of(space));
-}
-
-void note_vacated(const struct uffd_range *range, uint64_t start, uint64_t end)
-{
-	struct uffd_range *place = place_of(range->space, range, start, end, start);
-
-	if (place)
-		give_back_vacated(place);
 }
 
 void move_vacated(struct uffd_space *space, uint64_t from, uint64_t to, uint64_t length)
@@ -157,20 +152,23 @@ bool is_vacated(struct uffd_space *space, uint64_t address)
 	return one;
 }
 
-struct uffd_range *take_vacated(struct uffd_space *space)
+void unlink_vacated(struct uffd_range *place)
 {
-	struct uffd_range *place;
+	struct uffd_range **link = &place->space->vacated;
 
-	pthread_mutex_lock(lock_of(space));
-	place = space->vacated ? take(space, &space->vacated) : NULL;
-	pthread_mutex_unlock(lock_of(space));
-	return place;
+	pthread_mutex_lock(lock_of(place->space));
+	while (*link != place)
+		link = &(*link)->next_lost;
+	take(place->space, link);
+	pthread_mutex_unlock(lock_of(place->space));
 }
 
 void drop_vacated(struct uffd_space *space)
 {
 	struct uffd_range *place;
 
-	while ((place = take_vacated(space)))
+	while ((place = space->vacated)) {
+		unlink_vacated(place);
 		range_free(place);
+	}
 }

@@ -24,9 +24,8 @@ void forget_vacated(struct uffd_space *space, uint64_t start, uint64_t end);
 
 bool has_vacated(struct uffd_space *space);
 bool is_vacated(struct uffd_space *space, uint64_t address);
-/* Take one off the list; NULL: there is none.  The caller gives it back or frees it. */
-struct uffd_range *take_vacated(struct uffd_space *space);
-void give_back_vacated(struct uffd_range *place);
+/* With the gate closed: take a place off the list; it is then the caller's. */
+void unlink_vacated(struct uffd_range *place);
 void drop_vacated(struct uffd_space *space);
 
 #endif /* UFFD_ENGINE_VACATED_H */

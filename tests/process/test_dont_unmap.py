@@ -141,6 +141,43 @@ def test_both_places(driver: Driver, name: str, unmap: bool, wp: bool) -> None:
     run_child(reads_both, driver, name, unmap, wp, budget_s=30)
 
 
+def moves_a_part(driver: Driver, name: str, unmap: bool) -> None:
+    """The rest stays where it is; in one mapping with it, what was left behind is no growth."""
+    of, there = MEMORY_TYPES[name], b"x" if name == "shmem" else bytes(1)
+    events = MOVE | (UNMAP if unmap else Feature(0))
+    for first, past in ((0, 4), (2, 6), (4, PAGES)):
+        with Userfaultfd(features=events) as uffd, region_in_room(of, LENGTH) as region:
+            handler = Handler(uffd, driver=driver)
+            is_here = driver == "native"
+            source = BufferSource(b"x" * LENGTH) if is_here else CallableSource(filled)
+            handler.serve(region, source)
+            handler.start()
+            for page in range(0, PAGES, 2):
+                region.touch(page * PAGE, PAGE)
+            began = time.monotonic()
+            new = move(region.start + first * PAGE, (past - first) * PAGE)
+            for page in reversed(range(PAGES)):
+                is_left = first <= page < past
+                expected = there if is_left else b"x"
+                assert _memory.read(region.start + page * PAGE, 1) == expected, (first, page)
+                if is_left:
+                    assert _memory.read(new + (page - first) * PAGE, 1) == b"x"
+            assert {*states(handler, region)} == {PageState.CLEAN}
+            assert handler.stats().unserved == 0
+            handler.unserve(region, 0, 3 * PAGE)
+            handler.stop()
+            assert time.monotonic() - began < SOON_S
+            _memory.munmap(new, (past - first) * PAGE)
+            _memory.munmap(region.start, LENGTH)
+
+
+@pytest.mark.parametrize("unmap", [True, False], ids=["unmap", "no-unmap"])
+@pytest.mark.parametrize("name", MEMORY)
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_part(driver: Driver, name: str, unmap: bool) -> None:
+    run_child(moves_a_part, driver, name, unmap)
+
+
 def untouched(driver: Driver, name: str, how: str) -> None:
     """Nobody has touched the old place when serving ends."""
     for events in (MOVE | UNMAP, MOVE):
