@@ -22,7 +22,7 @@ from pyuffd.testing._run import SCALE
 from tests.process._tracking import OF_OTHERS
 
 pytestmark = OF_OTHERS
-PAGES = 64
+PAGES = 512  # more than the sweep saves in its first step
 LIMIT_S = 0.2 * SCALE
 # What a target that is let go waits at most: for the limit, and for its CPU.
 WAIT_S = LIMIT_S + 5 * SCALE
