@@ -75,8 +75,12 @@ static void apply(struct uffd_saver *saver, const struct uffd_msg *message)
 	if (message->event == UFFD_EVENT_REMAP) {
 		uint64_t length = message->arg.remap.len;
 
-		if (saver->saves && uffd_owed_move(&saver->saving.owed, from, to, length))
-			end(saver, -ENOMEM);
+		if (saver->saves) {
+			/* Unmapped before: its message may come later. */
+			uffd_saving_lose(&saver->saving, to, to + length);
+			if (uffd_owed_move(&saver->saving.owed, from, to, length))
+				end(saver, -ENOMEM);
+		}
 		note(saver, from, from + length, UFFD_SAVER_CHANGED);
 		note(saver, to, to + length, UFFD_SAVER_CHANGED);
 	} else if (message->event == UFFD_EVENT_REMOVE || message->event == UFFD_EVENT_UNMAP) {

@@ -9,21 +9,8 @@
 #include "dirty/ranges.h"
 #include "snapshot/owed.h"
 
-/* The first piece that ends behind an address, or NULL. */
-static struct uffd_owed_piece *piece_from(struct uffd_owed *owed, uint64_t address)
-{
-	uint64_t low = 0, high = owed->count;
-
-	while (low < high) {
-		uint64_t middle = (low + high) / 2;
-
-		if (owed->pieces[middle].end <= address)
-			low = middle + 1;
-		else
-			high = middle;
-	}
-	return low < owed->count ? &owed->pieces[low] : NULL;
-}
+/* Cuts by changes of the layout, before the pieces need more memory. */
+#define SPARE_PIECES 64u
 
 /* All states, one byte for each page: a mapping for each part would be a page for each. */
 static int new_states(struct uffd_owed *owed, const struct uffd_image_piece *parts, uint64_t count)
@@ -46,13 +33,15 @@ static int new_states(struct uffd_owed *owed, const struct uffd_image_piece *par
 /* Set pages as owed, or as not owed. */
 static void set(struct uffd_owed *owed, const struct uffd_page_region *range, bool is_owed)
 {
-	struct uffd_owed_piece *piece = piece_from(owed, range->start);
-	const struct uffd_owed_piece *behind = owed->pieces + owed->count;
+	for (uint64_t at = range->start; at < range->end;) {
+		const struct uffd_owed_piece *piece = uffd_places_from(&owed->places, at);
+		uint64_t first, pages;
 
-	for (; piece && piece < behind && piece->start < range->end; piece++) {
-		uint64_t first = higher(range->start, piece->start);
-		uint64_t last = lower(range->end, piece->end), pages = (last - first) / BASE_PAGE;
-
+		if (!piece || piece->start >= range->end)
+			break;
+		first = higher(at, piece->start);
+		at = lower(range->end, piece->end);
+		pages = (at - first) / BASE_PAGE;
 		memset((void *)(piece->states + (first - piece->start) / BASE_PAGE),
 		       is_owed ? UFFD_OWED_YES : UFFD_OWED_NOT, pages);
 		owed->left += is_owed ? pages : -pages;
@@ -71,20 +60,24 @@ int uffd_owed_init(struct uffd_owed *owed, const struct uffd_image_piece *parts,
 	uint64_t at = 0;
 	int ret;
 
-	*owed = (struct uffd_owed){ .capacity = parts_count + 64 };
+	*owed = (struct uffd_owed){ 0 };
 	ret = new_states(owed, parts, parts_count);
+	if (!ret)
+		ret = uffd_places_init(&owed->places, parts_count + SPARE_PIECES);
 	owed->parts = calloc(parts_count + 1, sizeof(*owed->parts));
-	owed->pieces = calloc(owed->capacity, sizeof(*owed->pieces));
-	if (!owed->parts || !owed->pieces)
+	if (!owed->parts)
 		ret = -ENOMEM;
 	for (uint64_t i = 0; !ret && i < parts_count; i++) {
 		_Atomic uint8_t *states = owed->states + at;
 
 		at += (parts[i].end - parts[i].start) / BASE_PAGE;
 		owed->parts[owed->parts_count++] = (struct uffd_owed_part){ parts[i], states };
-		owed->pieces[owed->count++] = (struct uffd_owed_piece){
-			parts[i].start, parts[i].end, parts[i].offset, states,
-		};
+		uffd_places_add(&owed->places, (struct uffd_owed_piece){
+						       .start = parts[i].start,
+						       .end = parts[i].end,
+						       .offset = parts[i].offset,
+						       .states = states,
+					       });
 	}
 	for (uint64_t i = 0; !ret && i < count; i++)
 		set(owed, &pages[i], true);
@@ -129,17 +122,17 @@ void uffd_owed_deinit(struct uffd_owed *owed)
 	if (owed->states)
 		munmap((void *)owed->states, owed->states_length);
 	free(owed->parts);
-	free(owed->pieces);
+	uffd_places_deinit(&owed->places);
 	*owed = (struct uffd_owed){ 0 };
 }
 
 uint64_t uffd_owed_next(struct uffd_owed *owed, uint64_t address, uint64_t end, uint64_t most,
 			struct uffd_owed_piece **piece_ret, uint64_t *address_ret)
 {
-	struct uffd_owed_piece *piece = piece_from(owed, address);
-	const struct uffd_owed_piece *behind = owed->pieces + owed->count;
+	struct uffd_owed_piece *piece;
 
-	for (; piece && piece < behind && piece->start < end; piece++) {
+	for (; (piece = uffd_places_from(&owed->places, address)) && piece->start < end;
+	     address = piece->end) {
 		uint64_t first = (higher(address, piece->start) - piece->start) / BASE_PAGE;
 		uint64_t last = (lower(end, piece->end) - piece->start) / BASE_PAGE;
 		const uint8_t *states = (const uint8_t *)piece->states;
@@ -162,7 +155,7 @@ uint64_t uffd_owed_next(struct uffd_owed *owed, uint64_t address, uint64_t end, 
 uint64_t uffd_owed_around(struct uffd_owed *owed, uint64_t address, uint64_t most,
 			  struct uffd_owed_piece **piece_ret, uint64_t *address_ret)
 {
-	struct uffd_owed_piece *piece = piece_from(owed, address);
+	struct uffd_owed_piece *piece = uffd_places_from(&owed->places, address);
 	uint64_t from = address / (most * BASE_PAGE) * (most * BASE_PAGE), first, past, low, limit;
 	const uint8_t *states;
 
@@ -191,87 +184,14 @@ void uffd_owed_settle(struct uffd_owed *owed, struct uffd_owed_piece *piece, uin
 	owed->dropped += state == UFFD_OWED_DROPPED;
 }
 
-static int grow(struct uffd_owed *owed)
-{
-	struct uffd_owed_piece *more;
-
-	if (owed->count + 2 <= owed->capacity)
-		return 0;
-	more = realloc(owed->pieces, 2 * owed->capacity * sizeof(*more));
-	if (!more)
-		return -ENOMEM;
-	owed->pieces = more;
-	owed->capacity *= 2;
-	return 0;
-}
-
-/* Have a piece begin at an address, if one crosses it. */
-static int cut(struct uffd_owed *owed, uint64_t address)
-{
-	struct uffd_owed_piece *piece = piece_from(owed, address);
-	struct uffd_owed_piece second;
-	int ret;
-
-	if (!piece || piece->start >= address)
-		return 0;
-	ret = grow(owed);
-	if (ret)
-		return ret;
-	piece = piece_from(owed, address);
-	second = (struct uffd_owed_piece){
-		address,
-		piece->end,
-		piece->offset + (address - piece->start),
-		piece->states + (address - piece->start) / BASE_PAGE,
-	};
-	piece->end = address;
-	memmove(piece + 2, piece + 1,
-		(size_t)(owed->pieces + owed->count - (piece + 1)) * sizeof(*piece));
-	piece[1] = second;
-	owed->count++;
-	return 0;
-}
-
-static int by_address(const void *a, const void *b)
-{
-	const struct uffd_owed_piece *one = a, *other = b;
-
-	return one->start < other->start ? -1 : one->start > other->start;
-}
-
 int uffd_owed_move(struct uffd_owed *owed, uint64_t from, uint64_t to, uint64_t length)
 {
-	int ret = cut(owed, from);
-
-	if (!ret)
-		ret = cut(owed, from + length);
-	if (ret)
-		return ret;
-	for (uint64_t i = 0; i < owed->count; i++) {
-		struct uffd_owed_piece *piece = &owed->pieces[i];
-
-		if (piece->start >= from && piece->end <= from + length) {
-			piece->start += to - from;
-			piece->end += to - from;
-		}
-	}
-	qsort(owed->pieces, owed->count, sizeof(*owed->pieces), by_address);
-	return 0;
+	return uffd_places_move(&owed->places, from, to, length);
 }
 
 int uffd_owed_remove(struct uffd_owed *owed, uint64_t start, uint64_t end)
 {
-	uint64_t kept = 0;
-	int ret = cut(owed, start);
-
-	if (!ret)
-		ret = cut(owed, end);
-	for (uint64_t i = 0; !ret && i < owed->count; i++)
-		if (owed->pieces[i].start < start || owed->pieces[i].end > end)
-			owed->pieces[kept++] = owed->pieces[i];
-	if (!ret)
-		owed->count = kept;
-	return ret;
+	return uffd_places_remove(&owed->places, start, end);
 }
 
 int uffd_owed_ranges(const struct uffd_owed *owed, uint8_t state,

@@ -13,6 +13,7 @@
 #include <stdint.h>
 
 #include "snapshot/image.h"
+#include "snapshot/places.h"
 
 enum uffd_owed_state {
 	UFFD_OWED_NOT,		/* it has no content that must be saved */
@@ -22,13 +23,6 @@ enum uffd_owed_state {
 	UFFD_OWED_ZERO,		/* all zeros, not in the file */
 	UFFD_OWED_DROPPED,	/* given back before it was saved */
 	UFFD_OWED_UNREADABLE,
-};
-
-struct uffd_owed_piece {
-	uint64_t start;
-	uint64_t end;
-	uint64_t offset; /* in the file */
-	_Atomic uint8_t *states;
 };
 
 struct uffd_owed_part {
@@ -42,10 +36,7 @@ struct uffd_owed {
 	uint64_t states_length;
 	struct uffd_owed_part *parts;
 	uint64_t parts_count;
-	/* Sorted by address. */
-	struct uffd_owed_piece *pieces;
-	uint64_t count;
-	uint64_t capacity;
+	struct uffd_places places;
 	/* Pages in UFFD_OWED_YES. */
 	uint64_t left;
 	uint64_t dropped;
