@@ -15,6 +15,7 @@ from typing import TypeVar, cast
 from pyuffd._describe import short_repr
 
 WORD_LIMIT = 1 << 64
+FILE_LIMIT = 1 << 63  # an off_t
 FD_LIMIT = 1 << 31  # of descriptors and process ids: an int of C
 LONGEST_S = 1e9  # in nanoseconds it fits into 64 bits; some thirty years
 SHOWN_MOST = 60
@@ -96,6 +97,12 @@ def check_bools(**values: object) -> None:
             continue
         if type(value).__name__ not in ("bool", "bool_"):  # numpy's
             raise TypeError(f"{name} must be True or False, not {shown(value)}")
+
+
+def check_part(offset: object, length: object) -> None:
+    """Raise unless these may be a part of something: below 1 << 63, both and together."""
+    offset = check_int("offset", offset, 0, FILE_LIMIT)
+    check_int("length", length, 0, FILE_LIMIT - offset)
 
 
 def check_choice(name: str, value: object, known: Collection[str]) -> None:

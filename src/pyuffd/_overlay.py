@@ -8,7 +8,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
-from pyuffd._arguments import check_int, checked_index, shown
+from pyuffd._arguments import check_int, check_part, checked_index, shown
 from pyuffd._describe import repr_of
 from pyuffd._pages import PAGE_SIZE, round_down, round_up
 from pyuffd._source_like import as_source
@@ -120,6 +120,7 @@ class OverlaySource:
 
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset`, padded with zeros beyond the end."""
+        check_part(offset, length)
         data = bytearray()
         for run in self.runs_in(offset, offset + length):
             data += self._read_run(run)

@@ -20,7 +20,7 @@ from pyuffd._abi import (
     RwprotectMode,
     WriteprotectMode,
 )
-from pyuffd._arguments import check_flags, check_int
+from pyuffd._arguments import check_flags, check_int, shown
 from pyuffd._errors import LayoutChangedError, UffdOSError
 from pyuffd._event_claims import EventClaims, Owner
 from pyuffd._events import MESSAGE_SIZE, PlainEvent, fork_fd, message_code, parse_event
@@ -140,6 +140,8 @@ class Userfaultfd(UffdFill):
         if not mode:
             raise ValueError("register needs at least one mode")
         fd = self.fileno()
+        if granted is not None and not isinstance(granted, lowlevel.Granted):
+            raise TypeError(f"granted is for handlers, and no {shown(granted)}")
         # A handler's own call, which has `granted`, has looked at what is served already.
         self._before_register(start, length, mode, is_handlers=granted is not None)
         protects = bool(int(mode) & RegisterMode.WP.value)

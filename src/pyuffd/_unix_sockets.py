@@ -12,7 +12,7 @@ import warnings
 from contextlib import suppress
 from typing import Self
 
-from pyuffd._arguments import check_int, check_path, check_seconds
+from pyuffd._arguments import check_int, check_path, check_seconds, shown
 from pyuffd._closing import SoleOwner
 from pyuffd._errors import ClosedError, HandoverError
 from pyuffd._owned import Descriptor
@@ -44,6 +44,8 @@ class UnixListener(SoleOwner):
     _instead = "any process of this user can connect with connect_unix(path)"
 
     def __init__(self, sock: socket.socket, path: str) -> None:
+        if not isinstance(sock, socket.socket):
+            raise TypeError(f"sock must be a socket, not {shown(sock)}; use listen_unix(path)")
         self._sock = sock
         self.path = path
         self._pid = os.getpid()

@@ -98,6 +98,8 @@ class Handover(SoleOwner):
         memory: Sequence[Descriptor],
         pidfd: Descriptor | None = None,
     ) -> None:
+        if not hasattr(uffd, "owner_pid"):
+            raise TypeError(f"uffd must be a Userfaultfd, not {shown(uffd)}; use recv_uffd(sock)")
         self._memory = memory
         self._pidfd = pidfd or Descriptor()
         self._sender_pid = uffd.owner_pid

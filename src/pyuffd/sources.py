@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn, Protocol, runtime_checkable
 
 from pyuffd import _memory, _source_files
-from pyuffd._arguments import check_buffer, check_int, shown
+from pyuffd._arguments import check_buffer, check_int, check_part, shown
 from pyuffd._closing import Closing, SoleOwner
 from pyuffd._describe import short_repr
 from pyuffd._enums import Word
@@ -74,7 +74,7 @@ class ZeroSource:
 
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` zeros."""
-        del offset
+        check_part(offset, length)
         return bytes(length)
 
     def __repr__(self) -> str:
@@ -129,6 +129,7 @@ class BufferSource(SoleOwner):
 
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset`, padded with zeros beyond the end."""
+        check_part(offset, length)
         available = max(0, min(length, self._length - offset))
         data = _memory.read(self.address + offset, available) if available else b""
         return data.ljust(length, b"\0")
@@ -199,6 +200,7 @@ class FileSource(Closing):
 
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset`, padded with zeros beyond the end of the file."""
+        check_part(offset, length)
         data = bytearray()
         while len(data) < length:
             at = self.offset + offset + len(data)

@@ -237,6 +237,8 @@ class HandlerBase(SoleOwner):
         engine = self._running_engine()
         served, begin, past = self._find_part(region)
         offset = check_int("offset", offset)
+        if length is None and offset >= past - begin:
+            raise ValueError(f"offset {offset:#x} is outside a region of {past - begin:#x}")
         length = past - begin - offset if length is None else check_int("length", length)
         check_range(offset, length, served.page_size, name="offset")
         if begin + offset + length > past:

@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from pyuffd import _dirty_calls as ranges
-from pyuffd._arguments import check_bools, check_seconds, shown
+from pyuffd._arguments import check_bools, check_path, check_seconds, shown
 from pyuffd._errors import ProcessGoneError, SnapshotError, UffdOSError, raise_errno
 from pyuffd.dirty import DirtyTracker
 from pyuffd.pagemap import PageRanges
+from pyuffd.remote import Process
 from pyuffd.snapshot import _core_elf
 from pyuffd.snapshot._capture import Options, SnapshotProgress, at_barrier
 from pyuffd.snapshot._core_about import About
@@ -27,7 +28,7 @@ from pyuffd.snapshot._methods import capture
 from pyuffd.snapshot._output import punch, write_at
 
 if TYPE_CHECKING:
-    from pyuffd.remote import Mapping, Mappings, Process, RegisterSet, Stop
+    from pyuffd.remote import Mapping, Mappings, RegisterSet, Stop
     from pyuffd.snapshot._capture import Captured, Method, Placed, Used
     from pyuffd.snapshot._core_elf import Segment
 
@@ -152,6 +153,10 @@ def write_core(
         >>> core.threads
         1
     """
+    if not isinstance(process, Process):
+        hint = f": of a process id, make Process({process})" if type(process) is int else ""
+        raise TypeError(f"process must be a Process, not {shown(process)}{hint}")
+    path = check_path("path", path)
     if method not in METHODS:
         raise ValueError(f"method {shown(method)} is not one of {', '.join(METHODS)}")
     check_bools(full=full, durable=durable)
@@ -162,7 +167,7 @@ def write_core(
     if process.pid == os.getpid():
         raise ValueError("a process cannot write a core of itself: it would have to stop")
     process.check()
-    request = _Request(os.fspath(path), full, max_stall_s, durable, progress)
+    request = _Request(path, full, max_stall_s, durable, progress)
     begin = time.monotonic()
     NewFile(request.path).close()  # fail before the process is touched
     with only_one(process):

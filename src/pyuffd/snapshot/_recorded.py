@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 
-from pyuffd._arguments import check_int
+from pyuffd._arguments import check_int, shown
 from pyuffd._pages import PAGE_SIZE, RangeLike, check_aligned, check_region, page_size_of
 from pyuffd._recording import Recording, Until, Watched, check_until
 from pyuffd._uffd import Userfaultfd
@@ -27,6 +27,8 @@ def record(
 ) -> WorkingSet:
     """Record one; see `Snapshot.record`."""
     _working_sets.check_name(name)
+    if not isinstance(handler, Handler):
+        raise TypeError(f"handler must be a Handler, not {shown(handler)}")
     until = check_until(until)
     pairs = [(region, check_int("address", address, 0)) for region, address in memory]
     for region, address in pairs:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyuffd._arguments import check_bools, check_int, check_rate, check_seconds, shown
+from pyuffd._arguments import check_bools, check_int, check_path, check_rate, check_seconds, shown
 from pyuffd._pages import RangeLike
 from pyuffd.dirty import DirtyTracker, _rows
 from pyuffd.snapshot import _sums
@@ -113,7 +113,7 @@ def checked(
     if compress is not None:
         check_int("compress", compress, 1, 23)
         _sums.compressor(compress)
-    name = Path(os.path.abspath(path))
+    name = Path(os.path.abspath(check_path("path", path)))
     folder = name.parent
     if not folder.is_dir():
         code = errno.ENOTDIR if os.path.lexists(folder) else errno.ENOENT
@@ -125,7 +125,7 @@ def checked(
         method,
         shared,
         None if ranges is None else _rows.spans_of(ranges, TAKING),
-        None if parent is None else os.fspath(parent),
+        None if parent is None else check_path("parent", parent),
         tracker,
         None if max_stall_s is None else check_seconds("max_stall_s", max_stall_s),
         rounds,

@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable
 
-from pyuffd._arguments import check_bools
+from pyuffd._arguments import check_bools, check_path
 from pyuffd._pages import RangeLike
 from pyuffd._recording import Until
 from pyuffd._uffd import Userfaultfd
@@ -197,7 +197,9 @@ class Snapshot(Opened):
             OSError: the directory cannot be created, or a file cannot be read.
         """
         check_bools(durable=durable)
-        return _flatten.flatten(self._checked(), path, durable=durable, progress=progress)
+        return _flatten.flatten(
+            self._checked(), check_path("path", path), durable=durable, progress=progress
+        )
 
     def write_core(
         self,
@@ -237,7 +239,7 @@ class Snapshot(Opened):
         """
         check_bools(durable=durable)
         return _core_from.write_core(
-            self._checked(), os.fspath(path), durable=durable, progress=progress
+            self._checked(), check_path("path", path), durable=durable, progress=progress
         )
 
     # Working sets
