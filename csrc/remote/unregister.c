@@ -52,19 +52,42 @@ static int next_number(struct text *text, uint64_t *number_ret)
 	}
 }
 
-/* "start-end ..." */
-static bool next_mapping(struct text *text, struct uffdio_range *range_ret)
+/* "start-end rwxp offset major:minor inode ..." */
+static bool next_mapping(struct text *text, struct uffdio_range *range_ret, bool *has_file_ret)
 {
-	uint64_t end;
-	int c;
+	uint64_t end, inode;
+	int c, sharing;
 
 	if (next_number(text, &range_ret->start) != '-' || next_number(text, &end) != ' ')
 		return false;
 	range_ret->len = end - range_ret->start;
-	do
+	for (unsigned int i = 0; i < 3; i++)
+		next_byte(text);
+	sharing = next_byte(text);
+	next_byte(text);
+	for (unsigned int i = 0; i < 3; i++) /* offset, major and minor number */
+		next_number(text, &inode);
+	c = next_number(text, &inode);
+	*has_file_ret = sharing != 'p' || inode;
+	while (c != '\n' && c >= 0)
 		c = next_byte(text);
-	while (c != '\n' && c >= 0);
 	return c == '\n';
+}
+
+/*
+ * Before Linux 6.17 any userfaultfd can unregister what is registered with another one, which would
+ * fill the pages with zeros that its handler has not filled yet: so ask first.  Nothing is told
+ * without an effect: a page is protected that is unregistered next, and registering finds another
+ * one's registration; memory that is registered with none is not touched.
+ */
+static bool may_be_ours(int uffd, const struct uffdio_range *range)
+{
+	uint64_t ioctls;
+
+	return uffd_shim_writeprotect(uffd, range->start, BASE_PAGE,
+				      UFFDIO_WRITEPROTECT_MODE_WP) != -ENOENT &&
+	       uffd_shim_register(uffd, range->start, range->len, UFFDIO_REGISTER_MODE_WP,
+				  &ioctls) != -EBUSY;
 }
 
 static void unregister(int uffd, const struct uffdio_range *vec, uint64_t count)
@@ -83,21 +106,25 @@ int uffd_unregister_mappings(int uffd, int maps_fd, uint64_t start, uint64_t end
 	struct uffdio_range run[TOGETHER], found;
 	struct text text = { .fd = maps_fd };
 	uint64_t count = 0;
+	bool has_file;
 
 	if (lseek(maps_fd, 0, SEEK_SET) < 0)
 		return -errno;
-	while (next_mapping(&text, &found) && found.start < end) {
+	while (next_mapping(&text, &found, &has_file) && found.start < end) {
 		uint64_t first = higher(found.start, start);
 		uint64_t last = lower(found.start + found.len, end);
 
-		if (last <= first)
+		if (last <= first || has_file)
+			continue;
+		found = (struct uffdio_range){ first, last - first };
+		if (!may_be_ours(uffd, &found))
 			continue;
 		if (count == TOGETHER ||
 		    (count && run[count - 1].start + run[count - 1].len != first)) {
 			unregister(uffd, run, count);
 			count = 0;
 		}
-		run[count++] = (struct uffdio_range){ first, last - first };
+		run[count++] = found;
 	}
 	if (count)
 		unregister(uffd, run, count);

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Unregister memory of a process that may have mapped anything there meanwhile.
+ * Unregister private memory without a file, registered for write-protection, of a process that may
+ * have mapped anything there meanwhile.
  *
  * UFFDIO_UNREGISTER of a range fails with EINVAL, and unregisters nothing, if any mapping in the
  * range cannot be registered (one of a file), or belongs to another userfaultfd; holes and memory
@@ -17,9 +18,9 @@
 #define UFFD_ALL_MEMORY UINT64_MAX
 
 /*
- * Unregister [start, end), mapping by mapping, and wake the threads that wait there.  `maps_fd`: an
- * open /proc/PID/maps that nobody else reads at the same time.  A mapping that moves meanwhile may
- * be missed.  -errno if the mappings cannot be read.
+ * Unregister what is registered with this userfaultfd in [start, end), mapping by mapping, and wake
+ * the threads that wait there.  `maps_fd`: an open /proc/PID/maps that nobody else reads at the same
+ * time.  A mapping that moves meanwhile may be missed.  -errno if the mappings cannot be read.
  */
 int uffd_unregister_mappings(int uffd, int maps_fd, uint64_t start, uint64_t end);
 
