@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import warnings
+import weakref
 from collections.abc import Hashable
 from typing import Self
 
 from pyuffd import _diagnose, lowlevel
 from pyuffd._abi import USER_MODE_ONLY, Feature, Ioctl
 from pyuffd._arguments import check_bools, check_fd, check_flags, check_pid
-from pyuffd._closing import CloseCallbacks
+from pyuffd._closing import CloseCallbacks, alive
 from pyuffd._errors import (
     ClosedError,
     UffdOSError,
@@ -22,6 +23,16 @@ from pyuffd._left import LeftBehind, Number, tidy
 from pyuffd._opening import negotiated, open_uffd, probe_api
 from pyuffd._owned import Descriptor
 from pyuffd._range_modes import RangeModes
+
+_made: weakref.WeakSet[UffdDescriptor] = weakref.WeakSet()
+
+
+def _refuse_owned(fd: int) -> None:
+    """Raise ValueError for the descriptor of an object: a second owner would close it too."""
+    for one in alive(_made):
+        number = getattr(one, "_number", None)
+        if number is not None and number.fd == fd and one._pid == os.getpid():
+            raise ValueError(f"fd {fd} is that of {one!r}: use that object, or adopt os.dup({fd})")
 
 
 class UffdDescriptor(CloseCallbacks):
@@ -80,13 +91,15 @@ class UffdDescriptor(CloseCallbacks):
                 then raise.
 
         Raises:
-            ValueError: not a userfaultfd, the handshake has not been done, or an `owner_pid`
-                below 1.
+            ValueError: not a userfaultfd, one that another object of this process owns already,
+                the handshake has not been done, or an `owner_pid` below 1.
 
         Kernel: the features are read from /proc/self/fdinfo. O_NONBLOCK and FD_CLOEXEC are set,
             since a received descriptor has the flags that its sender gave it.
         GIL: released.  Threads: safe.  Blocks: no.
         """
+        check_pid("owner_pid", owner_pid)
+        _refuse_owned(check_fd("fd", fd))
         self = cls._prepared(fd, owner_pid)
         return self._number.descriptor.adopt(fd, self)  # last: until here it is the caller's
 
@@ -141,6 +154,7 @@ class UffdDescriptor(CloseCallbacks):
         self._before_close = []
         self._begin()
         tidy()
+        _made.add(self)
         self._number = Number(descriptor)  # last: a signal handler may raise at any line above
 
     # The descriptor

@@ -319,3 +319,18 @@ def test_owner_s_death(orphan: tuple[Userfaultfd, int]) -> None:
     with pytest.raises(UffdOSError) as caught_too:
         uffd.register(start, PAGE)
     assert caught_too.value.errno == errno.ENOMEM
+
+
+def test_a_descriptor_with_an_owner() -> None:
+    """It was taken: the first object to be closed closed that of the other."""
+    with Userfaultfd() as uffd:
+        with pytest.raises(ValueError, match=rf"fd {uffd.fileno()} is that of .*os\.dup"):
+            Userfaultfd.from_fd(uffd.fileno())
+        fd = os.dup(uffd.fileno())
+        with Userfaultfd.from_fd(fd) as other:
+            with pytest.raises(ValueError, match="is that of"):
+                Userfaultfd.from_fd(fd)
+            assert other.read_events() == []
+        assert uffd.read_events() == []
+        taken = uffd.detach()
+    Userfaultfd.from_fd(taken).close()
