@@ -36,7 +36,7 @@ from pyuffd import (
 )
 from pyuffd._owned import Descriptor
 from pyuffd.cli import _expected, main
-from pyuffd.cli._expected import limited_pause, shared_memory
+from pyuffd.cli._expected import has_shared_files, limited_pause, shared_memory
 from pyuffd.snapshot import _capture, _format, _own_pages, _precopy, _private_files, _sums
 from pyuffd.snapshot._capture import Method, Used
 from pyuffd.snapshot._files import NewDirectory
@@ -1077,6 +1077,15 @@ input()
 def test_shared_memory_without_content_is_not_expected_to_be_copied() -> None:
     with python(RESERVED) as (process, _):
         assert shared_memory(process) == 2 << 20
+
+
+@pytest.mark.parametrize(("value", "has"), [("0x33", False), ("0x3f", True)])
+def test_files_that_a_core_has_are_expected_to_be_copied(value: str, has: bool) -> None:
+    with python(MAPPED_FILE) as (process, _):
+        Path(f"/proc/{process.pid}/coredump_filter").write_text(value)
+        assert has_shared_files(process) is has
+        assert shared_memory(process) == 0
+        assert shared_memory(process, files=True) >= PAGE
 
 
 MAPPED_FILE = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 from pyuffd import Mapping, MappingKind, Process
 from pyuffd.cli._progress import MIB
@@ -19,6 +20,7 @@ COPY_RATE = 1 << 30
 # How fast shared memory is read again and compared with its copy: 512 MiB in 0.2 s.
 COMPARE_RATE = 5 << 29
 BLOCK = 512  # of st_blocks
+FILTER_SHARED_FILES = 1 << 3  # of coredump_filter
 
 
 def limited_pause(target: Process, limit_s: float, condition: str = "", shared: int = 0) -> str:
@@ -42,10 +44,21 @@ def limited_pause(target: Process, limit_s: float, condition: str = "", shared: 
     )
 
 
-def shared_memory(target: Process) -> int:
-    """Return how many bytes of memory that other processes may write are mapped and in use."""
-    kinds = (MappingKind.SHMEM, MappingKind.HUGETLB)
+def shared_memory(target: Process, *, files: bool = False) -> int:
+    """Return how many bytes of memory that other processes may write are mapped and in use.
+
+    `files`: also mappings of files on disks.
+    """
+    kinds = {MappingKind.SHMEM, MappingKind.HUGETLB}
+    if files:
+        kinds.add(MappingKind.SHARED_FILE)
     return sum(_allocated(target, m) for m in target.mappings() if m.shared and m.kind in kinds)
+
+
+def has_shared_files(target: Process) -> bool:
+    """Return whether a core of a process has its shared mappings of files; see core(5)."""
+    text = Path(f"/proc/{target.pid}/coredump_filter").read_text()
+    return bool(int(text or "0", 16) & FILTER_SHARED_FILES)
 
 
 def _allocated(target: Process, mapping: Mapping) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pyuffd import CoreFile, Process, Snapshot, write_core
 from pyuffd.cli._counted import counted
-from pyuffd.cli._expected import COPY_RATE, limited_pause, needed, shared_memory
+from pyuffd.cli._expected import COPY_RATE, has_shared_files, limited_pause, needed, shared_memory
 from pyuffd.cli._progress import MIB, progress_shown, until_named
 from pyuffd.cli._signals import ended_by
 from pyuffd.cli._words import pid, seconds
@@ -123,7 +123,8 @@ def _announcement(args: argparse.Namespace, target: Process) -> str:
         pause = f"while all memory is copied, {expected:.2f} s or more"
     else:
         limit_s = args.max_stall or STALL_S
-        shared = 0 if args.max_stall else shared_memory(target)
+        files = args.full or has_shared_files(target)
+        shared = 0 if args.max_stall else shared_memory(target, files=files)
         pause = limited_pause(target, limit_s, ", if it does not write too fast", shared)
     threads = counted(len(target.threads()), "thread")
     return (
