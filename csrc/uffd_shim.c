@@ -76,6 +76,19 @@ int uffd_shim_wake(int fd, uint64_t start, uint64_t length)
 	return retry_ioctl(fd, UFFDIO_WAKE, &arg);
 }
 
+int uffd_shim_try_register(int fd, uint64_t start, uint64_t length, uint64_t mode)
+{
+	uint64_t ignored;
+	int r = uffd_shim_register(fd, start, length, mode, &ignored);
+
+	if (r)
+		return r;
+	r = uffd_shim_unregister(fd, start, length);
+	/* Linux wakes only those that wait for a missing page. */
+	uffd_shim_wake(fd, start, length);
+	return r;
+}
+
 int uffd_shim_copy(int fd, uint64_t dst, uint64_t src, uint64_t length, uint64_t mode,
 		   int64_t *copy_ret)
 {

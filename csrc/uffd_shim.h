@@ -22,6 +22,11 @@ int uffd_shim_api(int fd, uint64_t features, uint64_t *features_ret, uint64_t *i
 /* The ioctls of ioctl_userfaultfd(2). */
 int uffd_shim_register(int fd, uint64_t start, uint64_t length, uint64_t mode,
 		       uint64_t *ioctls_ret);
+/*
+ * Register memory and unregister it again: by one call, since a thread that touches it in
+ * between may hold the GIL.
+ */
+int uffd_shim_try_register(int fd, uint64_t start, uint64_t length, uint64_t mode);
 int uffd_shim_unregister(int fd, uint64_t start, uint64_t length);
 int uffd_shim_wake(int fd, uint64_t start, uint64_t length);
 int uffd_shim_copy(int fd, uint64_t dst, uint64_t src, uint64_t length, uint64_t mode,

@@ -23,6 +23,7 @@ enum uffd_barrier {
 	UFFD_BARRIER_EVICT_PLACED,	/* it is known where pages are, they are not read */
 	UFFD_BARRIER_EVICT_CLAIMED,	/* pages are about to be dropped inside the gate */
 	UFFD_BARRIER_EVICT_DROPPED,	/* pages are dropped, their states not set */
+	UFFD_BARRIER_REGISTERED,	/* a range is registered and not open */
 	UFFD_BARRIERS,
 };
 

@@ -93,6 +93,7 @@ struct uffd_content {
 	bool shared;
 	_Atomic bool is_anonymous;	/* found out by a fill: no page cache behind it */
 	uint32_t space;			/* number of the space it was served in */
+	uint64_t forks;			/* that the engine had followed when it was added */
 	_Atomic bool said;		/* a failed page of it was reported, see say.c */
 	char label[UFFD_LABEL_SIZE];
 };

@@ -306,6 +306,25 @@ static inline bool has_ioctl(const struct uffd_range *range, unsigned int nr)
 	return atomic_load_explicit(&range->ioctls, memory_order_relaxed) & (UINT64_C(1) << nr);
 }
 
+/*
+ * Whether this is a stand-in: it resolves faults only once a helper process is killed, and
+ * cannot read what that could.
+ */
+static inline bool stands_in(const struct uffd_engine *engine)
+{
+	return engine->options.helper_pid;
+}
+
+/*
+ * Whether it is open.  A range that is not, see open.h, is not served yet: a fault in it is
+ * that of a stray.  A stand-in takes over whatever the helper had not opened.
+ */
+static inline bool is_open(const struct uffd_range *range)
+{
+	return atomic_load_explicit(&range->ioctls, memory_order_acquire) ||
+	       stands_in(range->space->engine);
+}
+
 static inline bool is_huge(const struct uffd_range *range)
 {
 	return range->page_size > BASE_PAGE;
@@ -356,15 +375,6 @@ static inline bool preserves(const struct uffd_range *range)
 {
 	/* A fork's private pages are copies: its writes do not touch the owner's image. */
 	return range->content->preserve && (!range->space->owned || range->content->shared);
-}
-
-/*
- * Whether this is a stand-in: it resolves faults only once a helper process is killed, and
- * cannot read what that could.
- */
-static inline bool stands_in(const struct uffd_engine *engine)
-{
-	return engine->options.helper_pid;
 }
 
 static inline bool loses_content(const struct uffd_range *range)

@@ -31,10 +31,14 @@
 
 struct uffd_table uffd_inline_table = UFFD_TABLE_INIT;
 
+static _Atomic uint32_t taken_out;	/* how often a range, or a part of one, was */
+
 /* initial-exec: accessed without a call that could allocate. */
 static __thread struct {
 	uint64_t address;
 	unsigned int count;
+	unsigned int closed;		/* accesses to a range that was not open, in a row */
+	uint32_t taken_out;		/* of the global count, what this thread knows */
 } repeated __attribute__((tls_model("initial-exec")));
 
 /* Count a fault that was not resolved; false if there were too many on this address. */
@@ -201,6 +205,19 @@ static bool resolve_grown_inline(uint64_t address, uint64_t error)
 	return outcome != OUTCOME_STRAY && may_repeat(address);
 }
 
+/*
+ * The range may have been taken out since the fault: each thread tries its access again once
+ * for each time that this has happened.
+ */
+static bool was_taken_out(void)
+{
+	uint32_t now = atomic_load(&taken_out);
+	bool is_new = now != repeated.taken_out;
+
+	repeated.taken_out = now;
+	return is_new;
+}
+
 static bool resolve_sigbus(uint64_t address, uint64_t error)
 {
 	unsigned int shard, attempt = 0;
@@ -213,13 +230,25 @@ static bool resolve_sigbus(uint64_t address, uint64_t error)
 		if (!range) {
 			ours = resolve_grown_inline(address, error);
 			uffd_table_leave(&uffd_inline_table, shard);
-			return ours;
+			return ours || was_taken_out();
 		}
+		/* Try the access again: it is opened, or unregistered without being served. */
+		if (!is_open(range)) {
+			uffd_table_leave(&uffd_inline_table, shard);
+			uffd_back_off(repeated.closed++);
+			return true;
+		}
+		repeated.closed = 0;
 		ours = resolve_outside(range, shard, address, error, &paused);
 		if (paused)
 			uffd_back_off(attempt++);
 	} while (paused);
 	return ours;
+}
+
+void inline_note_taken_out(void)
+{
+	atomic_fetch_add(&taken_out, 1);
 }
 
 /*

@@ -16,6 +16,9 @@ int uffd_inline_serves(uint64_t address);
 
 extern struct uffd_table uffd_inline_table;
 
+/* A range of an inline engine is about to leave the table: its memory is unregistered. */
+void inline_note_taken_out(void);
+
 /* In the child of a fork. */
 void inline_forget_parent(void);
 

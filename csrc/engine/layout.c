@@ -52,6 +52,9 @@ static void remove_pages(struct uffd_space *space, uint64_t start, uint64_t end)
 		uint64_t page = page_of(range, higher(start, range->start));
 		uint64_t stop = lower(end, range->end);
 
+		/* What is dropped before it is served gets its content. */
+		if (!is_open(range))
+			continue;
 		for (; page < stop; page += range->page_size) {
 			uint8_t was = UFFD_PAGE_EVICTING;
 

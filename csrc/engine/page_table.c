@@ -162,6 +162,45 @@ bool may_be_written(const struct uffd_range *range, uint64_t page, uint8_t was)
 	return has_page(range, entry);
 }
 
+/* Before Linux 6.7: look at each entry. */
+static bool next_present_slowly(int fd, uint64_t at, uint64_t end, uint64_t *at_ret)
+{
+	uint64_t entries[PAGES_AT_ONCE];
+
+	for (uint64_t n; at < end; at += n * BASE_PAGE) {
+		n = lower((end - at) / BASE_PAGE, PAGES_AT_ONCE);
+		if (!read_run(fd, at, n, entries))
+			return false;
+		for (uint64_t i = 0; i < n; i++) {
+			*at_ret = at + i * BASE_PAGE;
+			if (entries[i] & (UFFD_PM_PRESENT | UFFD_PM_SWAP))
+				return true;
+		}
+	}
+	return false;
+}
+
+bool next_present(int fd, uint64_t at, uint64_t end, uint64_t *at_ret)
+{
+	struct uffd_page_region found;
+	struct uffd_pm_scan_arg arg = {
+		.size = sizeof(arg),
+		.start = at,
+		.end = end,
+		.vec = (uint64_t)(uintptr_t)&found,
+		.vec_len = 1,
+		.max_pages = 1,
+		.category_anyof_mask = UFFD_PAGE_IS_PRESENT | UFFD_PAGE_IS_SWAPPED,
+		.return_mask = UFFD_PAGE_IS_PRESENT,
+	};
+	int n = ioctl(fd, UFFD_PAGEMAP_SCAN, &arg);
+
+	if (n < 0)
+		return next_present_slowly(fd, at, end, at_ret);
+	*at_ret = found.start;
+	return n > 0;
+}
+
 void note_present(struct uffd_range *range)
 {
 	uint64_t entries[PAGES_AT_ONCE];

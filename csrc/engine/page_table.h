@@ -22,6 +22,11 @@ bool has_page(const struct uffd_range *range, uint64_t entry);
 
 /* Whether a page of this state, whose writer waits at its protection, may be there. */
 bool may_be_written(const struct uffd_range *range, uint64_t page, uint8_t was);
+/*
+ * Find the first page of [at, end) that is present, on swap, or has a marker; false if there is
+ * none, or if the page table cannot be read.
+ */
+bool next_present(int pagemap_fd, uint64_t at, uint64_t end, uint64_t *at_ret);
 /* Note the pages of a range that are present already. */
 void note_present(struct uffd_range *range);
 /*

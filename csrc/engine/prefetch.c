@@ -92,7 +92,7 @@ bool run_prefetch_slice(struct uffd_engine *engine)
 	table = job->space->table;
 	shard = uffd_table_enter(table, current_cpu());
 	range = uffd_table_find(table, job->at);
-	if (!range || job->end > range->end || atomic_load(&engine->refusing)) {
+	if (!range || !is_open(range) || job->end > range->end || atomic_load(&engine->refusing)) {
 		engine->job_count--;
 	} else {
 		hold = leave_with(table, shard, range, job->at, job->end, engine->leader_id);

@@ -6,12 +6,10 @@
 #include <sys/mman.h>
 
 #include "gate.h"
-#include "page_table.h"
 #include "range.h"
 #include "registered.h"
 #include "report.h"
 #include "serve.h"
-#include "slices.h"
 #include "space.h"
 #include "stats.h"
 #include "vacated.h"
@@ -70,6 +68,7 @@ static int add_range(struct uffd_space *space, const struct uffd_range_spec *spe
 	if (r)
 		return r;
 	like.content->space = space->number;
+	like.content->forks = atomic_load(&space->engine->forks_followed);
 	like.pages = pages_for(space, spec, can_be_absent(&like));
 	if (like.pages) {
 		range = range_create(space, &like, spec->start, spec->start + length, spec->origin);
@@ -78,12 +77,6 @@ static int add_range(struct uffd_space *space, const struct uffd_range_spec *spe
 	uffd_content_put(like.content);
 	if (!range)
 		return -ENOMEM;
-	/*
-	 * Inline faults are resolved at once: one in a poisoned page whose state says
-	 * absent would fill it.
-	 */
-	if (space->engine->options.is_inline)
-		note_present(range);
 	/*
 	 * An unmapping of what was here before may be under way, and its event would
 	 * take this range out again: wait until it has been read.
@@ -118,20 +111,6 @@ int uffd_engine_add(struct uffd_engine *engine, uint32_t number,
 		r = add_range(space, spec, *id_ret);
 	space_put(space);
 	return r;
-}
-
-int uffd_engine_set_ioctls(struct uffd_engine *engine, const struct uffd_range_ref *ref,
-			   uint64_t ioctls)
-{
-	struct uffd_range *range;
-	struct access access;
-	int r = open_piece(engine, ref, &access, &range);
-
-	if (r)
-		return r;
-	atomic_store_explicit(&range->ioctls, ioctls, memory_order_relaxed);
-	close_access(&access);
-	return 0;
 }
 
 int uffd_engine_note_registered(struct uffd_engine *engine, uint32_t number, uint64_t start,

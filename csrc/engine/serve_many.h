@@ -11,8 +11,8 @@ struct uffd_served {
 };
 
 /*
- * Serve ranges: add each, register it, and wake who waits in it, as uffd_engine_add() and the
- * calls that follow it do.  `needed`: bits of ioctls that each range must support.
+ * Serve ranges: add each, register it, look for pages that are present, and open it.
+ * `needed`: bits of ioctls that each range must support.
  *
  * It ends with the first range that cannot be served, of which nothing is left then, and
  * returns its error; @served_ret has those before it.

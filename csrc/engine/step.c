@@ -63,6 +63,8 @@ static enum outcome handle_fault(struct uffd_engine *engine, const struct deferr
 	bool in_line;
 	uint64_t page;
 
+	if (range && !is_open(range))
+		range = NULL;
 	if (range && is_left_to_the_end(range, kind)) {
 		outcome = OUTCOME_IN_FLIGHT;
 	} else if (range) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 /*
- * Strays: faults in registered memory that is not served.
+ * Strays: faults in registered memory that is not served, or whose range is not open yet.
  *
  * The memory may be served next: it was registered first, or the handler was created
  * before it had anything to serve.  Serving a range wakes the threads that wait in it,
@@ -90,7 +90,8 @@ static bool is_served(const struct deferred_fault *fault)
 {
 	struct uffd_table *table = fault->space->table;
 	unsigned int shard = uffd_table_enter(table, current_cpu());
-	bool served = uffd_table_find(table, fault->address);
+	struct uffd_range *range = uffd_table_find(table, fault->address);
+	bool served = range && is_open(range);
 
 	uffd_table_leave(table, shard);
 	return served;

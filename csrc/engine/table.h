@@ -29,7 +29,7 @@ struct uffd_range {
 	uint64_t page_size;
 	uint32_t page_shift;
 	uint64_t mode;			/* UFFDIO_REGISTER_MODE_* */
-	_Atomic uint64_t ioctls;
+	_Atomic uint64_t ioctls;	/* 0: it is closed, see open.h */
 	uint64_t id;			/* of the range it belongs to; never reused */
 	uint64_t origin;		/* offset of `start` in the range as it was served */
 	struct uffd_space *space;

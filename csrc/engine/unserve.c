@@ -12,6 +12,7 @@
 #include "failures.h"
 #include "gate.h"
 #include "grown.h"
+#include "inline.h"
 #include "left.h"
 #include "range.h"
 #include "registered.h"
@@ -76,6 +77,12 @@ static int unregister(struct uffd_range *range, uint64_t from, uint64_t stop)
 	return 0;
 }
 
+static void note_taken_out(const struct uffd_engine *engine)
+{
+	if (engine->options.is_inline)
+		inline_note_taken_out();
+}
+
 /* Take [from, stop) out of a piece; after an error all of it is still served. */
 static int cut_out(struct uffd_range *range, uint64_t from, uint64_t stop, bool unregisters)
 {
@@ -86,11 +93,13 @@ static int cut_out(struct uffd_range *range, uint64_t from, uint64_t stop, bool 
 		return r;
 	if (unregisters)
 		r = unregister(range, from, stop);
-	if (r)
+	if (r) {
 		cut_cancel(&cut);
-	else
-		cut_finish(&cut);
-	return r;
+		return r;
+	}
+	note_taken_out(range->space->engine);
+	cut_finish(&cut);
+	return 0;
 }
 
 /* `last_ret`: nothing else is left to be taken out in this space. */
@@ -117,8 +126,10 @@ static int drop_piece(struct uffd_space *space, const struct piece *piece, const
 		r = cut_out(range, from, stop, unregisters);
 	} else {
 		r = unregisters ? unregister(range, from, stop) : 0;
-		if (r == 0)
+		if (r == 0) {
+			note_taken_out(space->engine);
 			range_remove(range);
+		}
 	}
 	if (r == 0 && is_part(span))
 		report_pieces(space);

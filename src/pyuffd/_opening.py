@@ -49,8 +49,7 @@ def register_for_a_moment(spans: Iterable[tuple[int, int]]) -> None:
         uffd = descriptor.number
         lowlevel.api(uffd, 0)
         for start, length in spans:
-            lowlevel.register(uffd, start, length, RegisterMode.MISSING)
-            lowlevel.unregister(uffd, start, length)
+            lowlevel.try_register(uffd, start, length, RegisterMode.MISSING)
 
 
 def _would_with_privilege(flags: int) -> bool:

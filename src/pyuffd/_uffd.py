@@ -20,7 +20,7 @@ from pyuffd._abi import (
     RwprotectMode,
     WriteprotectMode,
 )
-from pyuffd._arguments import check_flags, check_int, shown
+from pyuffd._arguments import check_flags, check_int
 from pyuffd._errors import LayoutChangedError, UffdOSError
 from pyuffd._event_claims import EventClaims, Owner
 from pyuffd._events import MESSAGE_SIZE, PlainEvent, fork_fd, message_code, parse_event
@@ -33,7 +33,7 @@ from pyuffd._uffd_fill import UffdFill
 from pyuffd._watch import Watch
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
 
 READ_MOST = 1 << 16  # messages at once; 2 MiB are zeroed for them
 READ_BATCH = 64  # messages per read(2), 2 KiB
@@ -109,7 +109,6 @@ class Userfaultfd(UffdFill):
         length: int | None = None,
         *,
         mode: RegisterMode = RegisterMode.MISSING,
-        granted: lowlevel.Granted | None = None,
     ) -> Ioctl:
         """Register a range and return the ioctls that it supports.
 
@@ -123,7 +122,6 @@ class Userfaultfd(UffdFill):
             range_or_start: A range object, or the address, aligned to the page size.
             length: Bytes, a multiple of the page size; not with a range object.
             mode: Which faults to deliver.
-            granted: Receives the ioctls too, even if this call is interrupted; for handlers.
 
         Raises:
             ValueError: a bad range, or no mode.
@@ -140,10 +138,17 @@ class Userfaultfd(UffdFill):
         if not mode:
             raise ValueError("register needs at least one mode")
         fd = self.fileno()
-        if granted is not None and not isinstance(granted, lowlevel.Granted):
-            raise TypeError(f"granted is for handlers, and no {shown(granted)}")
-        # A handler's own call, which has `granted`, has looked at what is served already.
-        self._before_register(start, length, mode, is_handlers=granted is not None)
+        self._before_register(start, length, mode)
+        return self._register_by(
+            start, length, mode, lambda: lowlevel.register(fd, start, length, mode)
+        )
+
+    def _register_by(
+        self, start: int, length: int, mode: RegisterMode, call: Callable[[], int]
+    ) -> Ioctl:
+        """Register a range by a call that returns its ioctls, and note it."""
+        fd = self.fileno()
+        check_target(start, length, self._memory_key)
         protects = bool(int(mode) & RegisterMode.WP.value)
         if not protects:
             for first, end, old in self._registered.overlapping(start, start + length):
@@ -152,7 +157,7 @@ class Userfaultfd(UffdFill):
                     with suppress(LayoutChangedError):
                         lowlevel.writeprotect(fd, first, end - first, 0)
         try:
-            ioctls = Ioctl(lowlevel.register(fd, start, length, mode, granted))
+            ioctls = Ioctl(call())
         except UffdOSError as error:
             raise self._explained(error, start, length, mode) from None
         self._registered.set(start, start + length, mode)
@@ -161,15 +166,13 @@ class Userfaultfd(UffdFill):
             _fork_writes.track(self)
         return ioctls
 
-    def _before_register(
-        self, start: int, length: int, mode: RegisterMode, *, is_handlers: bool = False
-    ) -> None:
+    def _before_register(self, start: int, length: int, mode: RegisterMode) -> None:
         """Refuse a range that a handler serves, or threads left behind; tell the handler of it."""
         check_target(start, length, self._memory_key)
         owner = self._claims.owner
         if owner is None:
             return
-        served = None if is_handlers else owner._served_mode(self, start, length)
+        served = owner._served_mode(self, start, length)
         if served is not None and not is_subset(mode, served):
             raise self._served_by(owner, "register", start, length, "serve it again")
         owner._registers(self, start, length)

@@ -75,11 +75,26 @@ class Granted:
 
     def __init__(self) -> None:
         self._cell: Any = ffi.new("uint64_t *")
+        self._owner: object = None
+        self.is_unknown = False  # a helper process was asked to register it
 
     @property
     def ioctls(self) -> int:
         """The mask."""
         return int(self._cell[0])
+
+    def ask(self) -> None:
+        """Note that another process is asked to register it."""
+        self.is_unknown = True
+
+    def answer(self, ioctls: int) -> None:
+        """Note what it has answered; 0: it has not registered it."""
+        self._cell[0] = ioctls
+        self.is_unknown = False
+
+    def follow(self, cell: Any, owner: object) -> None:
+        """Have what C writes to a place inside `owner`."""
+        self._cell, self._owner = cell, owner
 
 
 def register(fd: int, start: int, length: int, mode: int, granted: Granted | None = None) -> int:
@@ -92,6 +107,13 @@ def register(fd: int, start: int, length: int, mode: int, granted: Granted | Non
     if code:
         raise_errno("UFFDIO_REGISTER", -code, start, length, mode=mode)
     return granted.ioctls
+
+
+def try_register(fd: int, start: int, length: int, mode: int) -> None:
+    """UFFDIO_REGISTER, and UFFDIO_UNREGISTER at once."""
+    code = lib.uffd_shim_try_register(fd, start, length, mode)
+    if code:
+        raise_errno("UFFDIO_REGISTER", -code, start, length, mode=mode)
 
 
 def unregister(fd: int, start: int, length: int) -> None:

@@ -64,7 +64,7 @@ FLOORS = [
     {"engine/grown", "engine/left"},
     {"engine/spaces", "engine/slices", "engine/layout", "engine/stray"},
     {"engine/save", "engine/states", "engine/serve"},
-    {"engine/resolve", "engine/promise", "engine/evict"},
+    {"engine/resolve", "engine/promise", "engine/evict", "engine/open"},
     {"engine/from_here"},
     {"engine/prefetch", "engine/answer", "engine/populate", "engine/supply", "engine/inline"},
     {

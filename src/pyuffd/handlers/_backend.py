@@ -16,12 +16,15 @@ if TYPE_CHECKING:
         Failure,
         HandlerStats,
         Held,
+        Opening,
         Protect,
         RangeId,
         RangeSpec,
         RecentFault,
         SourceFailure,
     )
+    from pyuffd.lowlevel import Granted
+    from pyuffd.pagemap import Pagemap
 
 
 class Backend(Protocol):
@@ -49,8 +52,21 @@ class Backend(Protocol):
     def find(self, space: int, start: int) -> RangeId | None:
         """Return the range that an interrupted `add` has put in there, or None."""
 
+    def open(
+        self, served: RangeId, how: Opening, granted: Granted, pagemap: Pagemap | None = None
+    ) -> int:
+        """Register a range, look for pages that are present, and begin to serve it.
+
+        Return the ioctls that it supports, which `granted` receives even if this is interrupted.
+        """
+
+    def open_dropped(
+        self, served: RangeId, how: Opening, granted: Granted, fd: int, *, shared: bool
+    ) -> int:
+        """For an engine that `is_remote`: register a range, drop all of it, and do the same."""
+
     def set_ioctls(self, served: RangeId, ioctls: int) -> None:
-        """Tell the engine which ioctls the registered range supports."""
+        """Begin to serve a range that its owner registers."""
 
     def list_registered(
         self, space: int, ranges: Sequence[tuple[int, int]], *, is_all: bool = False

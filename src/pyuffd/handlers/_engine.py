@@ -6,7 +6,7 @@ import errno
 import logging
 import sys
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pyuffd._describe import log_debug, log_error
 from pyuffd._errors import HandlerError, raise_errno
@@ -19,12 +19,17 @@ from pyuffd.handlers._range_spec import Served, range_spec, range_specs
 from pyuffd.handlers._sigbus import faulthandler_left
 from pyuffd.handlers._types import (
     PATIENCE_S,
+    DropRacedError,
     Ended,
+    IfPresent,
     OnError,
+    Opening,
+    PagesPresentError,
     RangeId,
     RangeSpec,
     Request,
     Taken,
+    lacks_error,
 )
 from pyuffd.sources import PROMISED, Promised
 
@@ -34,6 +39,8 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from pyuffd.handlers._served_parts import Part
+    from pyuffd.lowlevel import Granted
+    from pyuffd.pagemap import Pagemap
 
 log = logging.getLogger(__name__)
 
@@ -208,8 +215,43 @@ class Engine(EnginePages, EngineReports):
     def _added(self, served: RangeId, given: RangeSpec) -> None:
         """Called with a range before it is registered."""
 
+    def open(
+        self,
+        served: RangeId,
+        how: Opening,
+        granted: Granted,
+        pagemap: Pagemap | int | None = None,
+    ) -> int:
+        """Register a range, look for pages that are present, and begin to serve it."""
+        poison = ffi.new("uint64_t[]", how.poison)
+        fd = -1 if pagemap is None else pagemap if isinstance(pagemap, int) else pagemap.fileno()
+        opening = ffi.new(
+            "struct uffd_opening *",
+            {
+                "present": how.present,
+                "pagemap_fd": fd,
+                "needed": how.needed,
+                "before": how.before,
+                "stays_registered": how.stays_registered,
+                "reads_events": how.reads_events,
+                "poison": poison,
+                "poison_count": len(poison) // 2,
+            },
+        )
+        granted.follow(ffi.addressof(opening, "ioctls"), opening)
+        code = lib.uffd_engine_open(self._engine(), range_ref(served), opening)
+        if code:
+            _raise_not_opened(served, how, opening, -code)
+        return granted.ioctls
+
+    def open_dropped(
+        self, served: RangeId, how: Opening, granted: Granted, fd: int, *, shared: bool
+    ) -> int:
+        """Do it by `open`, which drops memory of this process."""
+        return self.open(served, how._replace(present=IfPresent.DROP), granted)
+
     def set_ioctls(self, served: RangeId, ioctls: int) -> None:
-        """Tell the engine which ioctls the registered range supports."""
+        """Begin to serve a range that its owner registers."""
         lib.uffd_engine_set_ioctls(self._engine(), range_ref(served), ioctls)
 
     def list_registered(
@@ -401,6 +443,20 @@ def _errno_of(
         with suppress(BaseException):
             log_error(log, "pyuffd: a failure of a page source cannot be reported", other)
         return errno.EIO
+
+
+def _raise_not_opened(served: RangeId, how: Opening, opening: Any, code: int) -> NoReturn:
+    start, length, step = served.start, served.length, opening.step
+    if step == lib.UFFD_OPEN_LOOK and code == errno.EEXIST:
+        raise PagesPresentError(opening.present_at)
+    if step == lib.UFFD_OPEN_REGISTER and code == errno.EOPNOTSUPP and opening.supported:
+        raise lacks_error(served, how.needed, opening.supported)
+    if how.present is IfPresent.DROP and code == errno.EAGAIN:
+        raise DropRacedError
+    if step == lib.UFFD_OPEN_REGISTER:
+        raise_errno("UFFDIO_REGISTER", code, start, length, mode=how.mode)
+    op = {lib.UFFD_OPEN_DROP: "madvise", lib.UFFD_OPEN_POISON: "UFFDIO_POISON"}.get(step, "serve")
+    raise_errno(op, code, start, length)
 
 
 def _size_of(data: object, request: Any) -> int:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyuffd import _left
 from pyuffd._closing import SoleOwner
-from pyuffd._errors import ClosedError
+from pyuffd._errors import ClosedError, raise_errno
 from pyuffd._shim import ffi, lib
 from pyuffd.handlers._types import RangeId
 
@@ -87,3 +87,21 @@ def range_ref(served: RangeId) -> Any:
 def pointer_to(address: int) -> Any:
     """Return a pointer for C."""
     return ffi.cast("void *", address)
+
+
+class Dropping(NamedTuple):
+    """Memory of this process that is registered, dropped, and served by a helper process."""
+
+    fd: int
+    start: int
+    length: int
+    mode: int
+    shared: bool
+
+    def send(self, sock: int, message: bytes) -> None:
+        """Register and drop it, and send the message that has it served."""
+        row = (self.fd, self.shared, self.start, self.length, self.mode)
+        dropping = ffi.new("struct uffd_dropping *", row)
+        code = lib.uffd_register_dropped(dropping, sock, message, len(message))
+        if code:
+            raise_errno("UFFDIO_REGISTER", -code, self.start, self.length, mode=self.mode)

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Literal
 
 from pyuffd import _memory, _vmas, lowlevel
-from pyuffd._abi import Feature, PageBit, PageCategory, RegisterMode
+from pyuffd._abi import Feature, Ioctl, PageBit, PageCategory, RegisterMode
 from pyuffd._arguments import check_choice
 from pyuffd._describe import counted
 from pyuffd._diagnose import is_ordinary_file
@@ -28,7 +28,8 @@ from pyuffd._uffd import Userfaultfd
 from pyuffd._vmas import Vma
 from pyuffd.handlers._backend import Backend
 from pyuffd.handlers._overlaps import FILLED
-from pyuffd.handlers._serving import FILE_BACKED, Served
+from pyuffd.handlers._serving import FILE_BACKED, Served, modes_before, needed_ioctls
+from pyuffd.handlers._types import DropRacedError, IfPresent, Opening, PagesPresentError
 from pyuffd.lowlevel import Granted
 from pyuffd.pagemap import Pagemap, PageRanges
 from pyuffd.regions import Region, RegionKind
@@ -40,6 +41,12 @@ MADV_DONTNEED_LOCKED = 24  # Linux 5.18; not in the mmap module
 THERE = PageCategory.PRESENT | PageCategory.SWAPPED
 # A thread that touches the memory all the time gets in between in some of the attempts.
 ATTEMPTS = 1000
+_IF_PRESENT: dict[Present | None, IfPresent] = {
+    None: IfPresent.ANY,
+    "refuse": IfPresent.REFUSE,
+    "keep": IfPresent.KEEP,
+    "drop": IfPresent.DROP,
+}
 
 
 def choose_present(
@@ -86,34 +93,33 @@ def _comes_back(region: Region) -> bool:
     return is_file and not region.shared
 
 
-def settle_present(
-    present: Present | None,
-    region: RangeLike,
-    mode: RegisterMode,
-    pagemap: Pagemap | None = None,
-) -> None:
-    """Refuse present pages of this process, or drop them, before the range is served.
+def refuse_present(region: RangeLike, mode: RegisterMode, pagemap: Pagemap | None = None) -> None:
+    """Refuse memory of this process of which pages are present, before anything is done.
 
-    With `pagemap`, an open one of this process, none is opened.
+    With `pagemap`, an open one of this process, none is opened. What is touched after this and
+    before the registration, `open_range` finds.
     """
-    if present == "drop":
-        assert isinstance(region, Region)
-        _drop(region)
-    if present == "refuse" and (first := _first_there(region, pagemap)):
+    if first := _first_there(region, pagemap):
         if _is_ordinary_file(region):
             return  # UFFDIO_REGISTER says what is wrong; its pages must not be dropped
-        pages = _there(region).pages(region.page_size if isinstance(region, Region) else 4096)
-        raise ValueError(
-            f"{counted(pages, 'page')} of [{region.start:#x}, +{region.length:#x})"
-            f" {'is' if pages == 1 else 'are'} already present, the first at {first[0].start:#x}."
-            " Present pages cause no missing fault, so they would never get the source's content."
-            " Serve the region before it is touched, or pass present='drop' to drop these pages or"
-            " present='keep' to keep what they hold"
-        )
+        raise _present_error(region, first[0].start, _there(region).pages(_page_size_of(region)))
     # A page that only the cache has is a minor fault where those are served.
-    is_minor = int(mode) & RegisterMode.MINOR.value
-    if present == "refuse" and not is_minor and isinstance(region, Region):
+    if not int(mode) & RegisterMode.MINOR.value and isinstance(region, Region):
         _refuse_cached(region)
+
+
+def _page_size_of(region: RangeLike) -> int:
+    return region.page_size if isinstance(region, Region) else PAGE_SIZE
+
+
+def _present_error(region: RangeLike, first: int, pages: int) -> ValueError:
+    return ValueError(
+        f"{counted(pages, 'page')} of [{region.start:#x}, +{region.length:#x})"
+        f" {'is' if pages == 1 else 'are'} already present, the first at {first:#x}."
+        " Present pages cause no missing fault, so they would never get the source's content."
+        " Serve the region before it is touched, or pass present='drop' to drop these pages or"
+        " present='keep' to keep what they hold"
+    )
 
 
 def _refuse_cached(region: Region) -> None:
@@ -234,57 +240,79 @@ def _has_data(fd: int, start: int, end: int) -> bool:
             return False
 
 
-def try_to_register(
-    region: RangeLike, uffd: Userfaultfd, mode: RegisterMode, granted: Granted
-) -> None:
-    """Register memory of this process, and unregister it again, before its pages are dropped.
+def open_range(
+    engine: Backend,
+    served: Served,
+    policy: Present | None,
+    granted: Granted,
+    *,
+    started: bool,
+    pagemap: Pagemap | None = None,
+    poison: tuple[int, ...] = (),
+) -> Ioctl:
+    """Register a range of an engine, look for pages that are present, and begin to serve it.
 
-    What cannot be registered (an ordinary file, memory of another userfaultfd) keeps its content.
-    A thread that touches it in between goes on with zeros, as before this.
+    `started`: the engine runs. With `pagemap`, an open one of this process, none is opened.
+    `poison`: offsets, (start, end) each, of pages that have no content. The caller calls
+    `take_back` on failure.
     """
-    assert isinstance(region, Region)
-    _check_drop(region, uffd)
-    was_registered = uffd._has_registered(region.start, region.start + region.length)
-    uffd.register(region.start, region.length, mode=mode, granted=granted)
-    if not was_registered:
-        uffd.unregister(region)
-
-
-def register_empty(
-    region: RangeLike, uffd: Userfaultfd, mode: RegisterMode, granted: Granted, *, started: bool
-) -> None:
-    """Register memory of this process in which no page is present.
-
-    A thread that touches it after it was dropped and before it is registered gets a page of zeros.
-    Nobody serves the range yet, so all pages that are present afterwards are of that kind.
-    """
-    assert isinstance(region, Region)
-    for _ in range(ATTEMPTS):
-        uffd.register(region.start, region.length, mode=mode, granted=granted)
-        if not is_touched(region):
-            return
-        if started or not uffd.features & Feature.EVENT_REMOVE:
-            _drop(region)
-            return
-        # Nobody would read the event of dropping registered memory.
-        uffd.unregister(region)
-        _drop(region)
-    raise HandlerError(
-        f"present='drop' of {region!r}: other threads touch it all the time, and make pages of"
-        f" zeros before it can be registered ({ATTEMPTS} attempts); start the handler first"
+    uffd, region, place = served.uffd, served.region, served.id
+    how = Opening(
+        int(served.mode),
+        _IF_PRESENT[policy],
+        needed_ioctls(served.mode),
+        int(modes_before(uffd, place.start, place.length)),
+        stays_registered=uffd.adopted,
+        reads_events=started,
+        poison=poison,
     )
 
+    def open_it() -> int:
+        if policy == "drop" and engine.is_remote:
+            return _open_dropped(engine, served, how, granted)
+        return _opened(engine, served, how, granted, pagemap)
 
-def drop_zeros(engine: Backend, served: Served, region: RangeLike) -> None:
-    """As `register_empty`, for a range that is served already."""
-    if is_touched(region):
-        wanted = bytes([1]) * (region.length // served.page_size)
-        engine.evict(served.id, 0, region.length, wanted, written_too=True)
+    try:
+        return uffd._register_by(place.start, place.length, served.mode, open_it)
+    except PagesPresentError as error:
+        first = error.address
+    except DropRacedError:
+        raise HandlerError(
+            f"present='drop' of {region!r}: other threads touch it all the time, and make pages of"
+            f" zeros before it can be registered ({ATTEMPTS} attempts); start the handler first"
+        ) from None
+    pages = 1  # they may have been dropped meanwhile
+    with suppress(UffdPermissionError):
+        pages = max(1, _there(region).pages(_page_size_of(region)))
+    raise _present_error(region, first, pages)
 
 
-def is_touched(region: RangeLike) -> bool:
-    """Return whether a page has been touched since all were dropped."""
-    return bool(_first_there(region))
+def _opened(
+    engine: Backend, served: Served, how: Opening, granted: Granted, pagemap: Pagemap | None
+) -> int:
+    if pagemap is None and engine.is_remote and how.present is IfPresent.REFUSE:
+        with suppress(UffdPermissionError), Pagemap() as opened:
+            return engine.open(served.id, how, granted, opened)
+    return engine.open(served.id, how, granted, pagemap)
+
+
+def _open_dropped(engine: Backend, served: Served, how: Opening, granted: Granted) -> int:
+    """Open memory that the engine's process cannot drop, after all of it was dropped here."""
+    uffd, region, place = served.uffd, served.region, served.id
+    assert isinstance(region, Region)
+    refusing = how._replace(present=IfPresent.REFUSE)
+    if how.reads_events or not uffd.features & Feature.EVENT_REMOVE:
+        engine.list_registered(place.space, [(place.start, place.length)])
+        return engine.open_dropped(place, refusing, granted, uffd.fileno(), shared=region.shared)
+    # Nobody would read the event of dropping registered memory, and threads that touch memory that
+    # is not registered make pages of zeros: try until none has.
+    if not how.before:  # what cannot be registered keeps its content
+        lowlevel.try_register(uffd.fileno(), place.start, place.length, how.mode)
+    for _ in range(ATTEMPTS):
+        _drop(region)
+        with suppress(PagesPresentError):
+            return _opened(engine, served, refusing, granted, None)
+    raise DropRacedError
 
 
 def first_touched(regions: Sequence[RangeLike], pagemap: Pagemap | None = None) -> RangeLike | None:
@@ -350,8 +378,12 @@ def _scanned(pagemap: Pagemap, region: RangeLike, at_most: int | None) -> PageRa
     return found.ranges
 
 
-def _check_drop(region: Region, uffd: Userfaultfd) -> None:
+def check_drop(region: RangeLike, uffd: Userfaultfd) -> None:
+    """Raise ValueError for memory that cannot be dropped."""
+    assert isinstance(region, Region)
     end = region.start + region.length
+    if region.shared:
+        region._pages(0, region.length, write=True)  # it is punched out of the file
     if uffd.features & Feature.EVENT_REMOVE and uffd._has_registered(region.start, end):
         raise ValueError(
             "present='drop' of a range that is registered with Feature.EVENT_REMOVE would wait"

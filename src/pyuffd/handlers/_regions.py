@@ -31,12 +31,11 @@ from pyuffd.handlers._failures import label_of
 from pyuffd.handlers._overlaps import range_of
 from pyuffd.handlers._present import (
     Present,
+    check_drop,
     choose_present,
-    drop_zeros,
     open_pagemap,
-    register_empty,
-    settle_present,
-    try_to_register,
+    open_range,
+    refuse_present,
 )
 from pyuffd.handlers._serving import (
     OnClose,
@@ -48,7 +47,8 @@ from pyuffd.handlers._serving import (
     local_file,
     local_mapping,
     maps_holes,
-    register,
+    modes_before,
+    needed_ioctls,
     take_back,
     tell_registered,
     touched_by,
@@ -56,7 +56,7 @@ from pyuffd.handlers._serving import (
 )
 from pyuffd.handlers._sigbus import ensure_inline_handler
 from pyuffd.handlers._threads import WorkedEngine
-from pyuffd.handlers._types import RangeSpec, SourceKind
+from pyuffd.handlers._types import RangeSpec, SourceKind, lacks_error
 from pyuffd.handlers._unserving import Unserves
 from pyuffd.lowlevel import Granted
 from pyuffd.pagemap import Pagemap
@@ -141,7 +141,9 @@ class ServesRegions(Unserves):
                 of pages that only the page cache has, and of those that posix_fallocate(3) has made
                 (noticed if the region is a whole file). "refuse" raises ValueError with their
                 number, "keep" keeps what they hold, "drop" drops them (memory of this process
-                only). The default is "refuse", but "keep" if a handler may have filled them: for
+                only). Pages that other threads touch during this call are among them, up to the
+                registration; who touches one afterwards waits for its content. The default is
+                "refuse", but "keep" if a handler may have filled them: for
                 adopted userfaultfds, and for a Region that was served before, whose poison marks
                 are kept too.
             ioctls: For memory that the owner of an adopted userfaultfd registers itself, before or
@@ -159,6 +161,31 @@ class ServesRegions(Unserves):
             thread is over; with the process driver also until its processes have answered, which
             "auto" starts for the first source in Python.
         """
+        return self._serve_poisoned(
+            region,
+            source,
+            mode=mode,
+            preserve=preserve,
+            local=local,
+            uffd=uffd,
+            present=present,
+            ioctls=ioctls,
+        )
+
+    def _serve_poisoned(
+        self,
+        region: RangeLike,
+        source: SourceLike | None,
+        *,
+        mode: RegisterMode,
+        preserve: Buffer | Region | None = None,
+        local: RangeLike | None = None,
+        uffd: Userfaultfd | None = None,
+        present: Present | None = None,
+        ioctls: Ioctl | None = None,
+        poison: tuple[int, ...] = (),
+    ) -> Ioctl:
+        """Serve a region; `poison`: offsets, (start, end) each, of pages that have no content."""
         self._running_engine()  # before the lock, which a thread of the parent may have held
         borrowed = Borrowed()
         try:
@@ -166,7 +193,17 @@ class ServesRegions(Unserves):
             with self._turn():
                 engine = self._running_engine()
                 return self._serve(
-                    engine, region, content, borrowed, mode, preserve, local, uffd, present, ioctls
+                    engine,
+                    region,
+                    content,
+                    borrowed,
+                    mode,
+                    preserve,
+                    local,
+                    uffd,
+                    present,
+                    ioctls,
+                    poison,
                 )
         except BaseException as error:
             if not any(one.borrowed is borrowed for one in list(self._served.values())):
@@ -187,6 +224,7 @@ class ServesRegions(Unserves):
         uffd: Userfaultfd | None,
         present: Present | None,
         ioctls: Ioctl | None,
+        poison: tuple[int, ...],
     ) -> Ioctl:
         start, length, page_size = region_numbers(region)
         if uffd is not None:
@@ -228,10 +266,9 @@ class ServesRegions(Unserves):
         else:
             alias, local_start = local_mapping(region, length, local, needed=bool(writes_cache))
         granted, on_close = Granted(), list[Callable[[], None]]()
+        before = modes_before(uffd, start, length)
         try:
             self._overlaps.check(memory)
-            # The inline driver must know the range first: its faults do not wait.
-            answers_at_once = self.driver == "inline" and self._started
             spec = RangeSpec(
                 space,
                 start,
@@ -252,13 +289,9 @@ class ServesRegions(Unserves):
                 if policy == "drop":
                     self._overlaps.check_drop(start, length)
                     self._overlaps.check_elsewhere(memory, start, length, "present='drop'")
-                    tried = engine.add(spec) if answers_at_once else None
-                    try_to_register(region, uffd, mode, granted)
-                    if tried is not None:
-                        engine.unserve(tried, seal=False)
-                settle_present(policy, region, mode, self._pagemap)
-                if policy == "drop" and not answers_at_once:
-                    register_empty(region, uffd, mode, granted, started=self._started)
+                    check_drop(region, uffd)
+                elif policy == "refuse":
+                    refuse_present(region, mode, self._pagemap)
             if self._started and self.driver == "inline" and ensure_inline_handler():
                 log.warning(
                     "pyuffd: another SIGBUS handler had replaced ours, which is back on top"
@@ -278,19 +311,23 @@ class ServesRegions(Unserves):
                 preserves=preserve is not None,
                 on_close=on_close,
             )
-            is_registered_later = ioctls is not None
-            ioctls = register(
-                engine,
-                served,
-                lambda: self._owners.verify(uffd, region, needed=reads_owner),
-                granted,
-                ioctls,
-            )
-            # What is there before its owner has mapped and registered it is something else.
-            if policy == "keep" and not is_registered_later:
-                engine.take_in(served.id)
-            if policy == "drop" and answers_at_once:
-                drop_zeros(engine, served, region)
+            # With `ioctls`, what is there before its owner has mapped it is something else.
+            if ioctls is None:
+                ioctls = open_range(
+                    engine,
+                    served,
+                    policy,
+                    granted,
+                    started=self._started,
+                    pagemap=self._pagemap,
+                    poison=poison,
+                )
+            else:
+                if needed_ioctls(mode) & ~int(ioctls):
+                    raise lacks_error(served.id, needed_ioctls(mode), int(ioctls))
+                engine.set_ioctls(served.id, ioctls)
+            self._owners.verify(uffd, region, needed=reads_owner)
+            served.ioctls = int(ioctls)
             if self._started:
                 self._may_move = False
             self._overlaps.add(memory)
@@ -302,7 +339,7 @@ class ServesRegions(Unserves):
         except BaseException:  # a signal handler may raise at any line
             if (space, start) not in self._served:
                 known = {one.id.number for one in self._served.values()}
-                take_back(engine, uffd, (space, start, length), granted, known)
+                take_back(engine, uffd, (space, start, length), granted, known, before)
                 self._overlaps.remove(memory)
                 for callback in on_close:
                     region._forget_on_close(callback)  # type: ignore[attr-defined]

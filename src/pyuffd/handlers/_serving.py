@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 # Plain numbers: arithmetic with flags is slow, and a restore serves thousands of ranges.
 _NEEDED_IOCTL = [
-    (int(mode), int(ioctl), str(ioctl.name))
+    (int(mode), int(ioctl))
     for mode, ioctl in (
         (RegisterMode.MISSING, Ioctl.COPY),
         (RegisterMode.WP, Ioctl.WRITEPROTECT),
@@ -250,35 +250,18 @@ def check_ioctls(ioctls: Ioctl | None, uffd: Userfaultfd, present: str | None) -
         raise ValueError(f"present={present!r} with ioctls=: the memory may not be mapped yet")
 
 
-def register(
-    engine: Backend,
-    served: Served,
-    check: Callable[[], None],
-    granted: lowlevel.Granted,
-    ioctls: Ioctl | None,
-) -> Ioctl:
-    """Register a range of the engine, and check it; the caller calls `take_back` on failure.
+def needed_ioctls(mode: RegisterMode) -> int:
+    """Return the ioctls without which faults of these kinds cannot be resolved."""
+    modes = int(mode)
+    return sum(ioctl for each, ioctl in _NEEDED_IOCTL if modes & each)
 
-    With `ioctls` its owner registers it.
-    """
-    start, length = served.id.start, served.id.length
-    if ioctls is None:
-        ioctls = served.uffd.register(start, length, mode=served.mode, granted=granted)
-    modes, supported = int(served.mode), int(ioctls)
-    missing = [
-        name for mode, ioctl, name in _NEEDED_IOCTL if modes & mode and not supported & ioctl
-    ]
-    check()
-    if missing:
-        raise ValueError(
-            f"[{start:#x}, +{length:#x}) does not support {', '.join(missing)}, only {ioctls!r}"
-        )
-    engine.set_ioctls(served.id, ioctls)
-    served.ioctls = supported
-    # The message of a thread that waits here already may have been read before us: wake it, so
-    # that it faults again.
-    served.uffd.wake(start, length)
-    return ioctls
+
+def modes_before(uffd: Userfaultfd, start: int, length: int) -> RegisterMode:
+    """Return the modes for which all of a range is registered, or 0 if that is not true of all."""
+    rows = [] if uffd.adopted else uffd._registered.overlapping(start, start + length)
+    if len(rows) == 1 and rows[0][:2] == (start, start + length):
+        return rows[0][2]
+    return RegisterMode(0)
 
 
 def take_back(
@@ -287,14 +270,18 @@ def take_back(
     place: tuple[int, int, int],
     granted: lowlevel.Granted,
     known: Collection[int],
+    before: RegisterMode,
 ) -> None:
     """Undo the steps of serving [start, +length) of a space that have been done.
 
     `known` are the numbers of the ranges that are served: one of them may have begun there before.
+    `before`: the modes for which it was registered.
     """
     space, start, length = place
-    # Do not unregister another process's memory: its waiting threads would continue with zeros.
-    unregister = bool(granted.ioctls) and not uffd.adopted
+    # Do not unregister another process's memory: its waiting threads would continue with zeros, as
+    # would those that waited for missing pages before.
+    unregister = bool(granted.ioctls or granted.is_unknown) and not uffd.adopted
+    unregister = unregister and not before & RegisterMode.MISSING
     try:
         found = engine.find(space, start)
         if found is not None and found.number not in known:
@@ -307,7 +294,10 @@ def take_back(
             lowlevel.unregister(uffd.fileno(), start, length)
     except UffdOSError as error:
         log.debug("%s", error)
-    if unregister:
+    if unregister and before:
+        with suppress(UffdOSError):
+            lowlevel.register(uffd.fileno(), start, length, before)
+    elif unregister:
         uffd._note_unregistered(start, length)
 
 

@@ -16,7 +16,6 @@ from pyuffd.handlers._checks import region_numbers
 from pyuffd.handlers._content import Known, content_of
 from pyuffd.handlers._engine import Engine
 from pyuffd.handlers._overlaps import Range
-from pyuffd.handlers._present import first_touched
 from pyuffd.handlers._range_spec import Served as Done
 from pyuffd.handlers._regions import ServesRegions
 from pyuffd.handlers._serving import Served
@@ -50,7 +49,8 @@ class ServesMany(ServesRegions):
     def _serve_many(self, rows: Iterable[tuple[object, PageSource]]) -> None:
         """Serve regions for missing faults as `serve` does, most of them by few calls in C.
 
-        If one cannot be served, those before it are.
+        Present pages are refused, also of regions that were served before. If one cannot be served,
+        those before it are.
         """
         left = list(rows)
         with self._serving_many():
@@ -61,7 +61,7 @@ class ServesMany(ServesRegions):
                     with self._lock:
                         done = self._serve_plain(some)  # type: ignore[arg-type]
                 for region, source in some[done:]:
-                    self.serve(region, source)  # type: ignore[arg-type]
+                    self.serve(region, source, present="refuse")  # type: ignore[arg-type]
 
     def _are_plain(self, rows: Sequence[tuple[object, PageSource]]) -> bool:
         """Whether these are new anonymous memory of this process, which needs no other checks."""
@@ -94,8 +94,6 @@ class ServesMany(ServesRegions):
         ):
             return 0
         self._overlaps.check_many([each.memory for each in plans])
-        if first_touched([each.region for each in plans], self._pagemap) is not None:
-            return 0
         done = Done(len(plans))
         specs = [each.spec for each in plans]
         begun: list[Served] = []

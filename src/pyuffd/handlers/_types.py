@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import NamedTuple, TypedDict
 
-from pyuffd._abi import PagefaultFlag, RegisterMode
+from pyuffd._abi import Ioctl, PagefaultFlag, RegisterMode
 from pyuffd._arguments import check_number
 from pyuffd._enums import Number
 from pyuffd._shim import lib
@@ -64,6 +64,51 @@ class Protect(IntEnum):
     FOR_STATES = lib.UFFD_PROTECT  # the caller learns it from the states
     TO_EVICT = lib.UFFD_PROTECT_TO_EVICT  # it is noted for the next checkpoint
     TO_CHECK = lib.UFFD_PROTECT_TO_CHECK  # this is the checkpoint
+
+
+class IfPresent(IntEnum):
+    """What to do about pages that are present once a range is registered; see engine/open.h."""
+
+    ANY = lib.UFFD_PRESENT_ANY
+    REFUSE = lib.UFFD_PRESENT_REFUSE
+    KEEP = lib.UFFD_PRESENT_KEEP
+    DROP = lib.UFFD_PRESENT_DROP
+
+
+class Opening(NamedTuple):
+    """How a range is registered and opened, see engine/open.h.
+
+    `mode`: of the range. `poison`: offsets, (start, end) each, of pages without content.
+    """
+
+    mode: int
+    present: IfPresent
+    needed: int
+    before: int = 0
+    stays_registered: bool = False
+    reads_events: bool = False
+    poison: tuple[int, ...] = ()
+
+
+def lacks_error(served: RangeId, needed: int, supported: int) -> ValueError:
+    """Return the error for a range that does not support all the ioctls that it needs."""
+    missing = ", ".join(str(one.name) for one in Ioctl if one & needed & ~supported)
+    return ValueError(
+        f"[{served.start:#x}, +{served.length:#x}) does not support {missing}, only"
+        f" {Ioctl(supported)!r}"
+    )
+
+
+class PagesPresentError(ValueError):
+    """Nobody has filled a page, and it was present when its range had been registered."""
+
+    def __init__(self, address: int) -> None:
+        super().__init__(address)
+        self.address = address
+
+
+class DropRacedError(Exception):
+    """Other threads made pages of zeros each time between a drop and a registration."""
 
 
 class SourceKind(IntEnum):

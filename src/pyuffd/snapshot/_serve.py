@@ -157,38 +157,27 @@ class Serving:
         share = self._shares.get(id(placed))
         mode = RegisterMode.MISSING if share is None else RegisterMode.MINOR
         region = self._served_as(placed)
-        present = None
-        if self._poisons and placed.gaps:
-            self._poison(placed, mode)
-            present = "keep"
-        self.handler.serve(
+        self.handler._serve_poisoned(
             region,
             source,
             mode=mode,
             local=None if share is None else share.region,
-            present=present,  # type: ignore[arg-type]
+            present="refuse",
+            poison=self._gaps(placed) if self._poisons else (),
         )
 
     def _served_as(self, placed: Placed) -> RangeLike:
         return self._mappings.get(id(placed), placed.region)
 
-    def _poison(self, placed: Placed, mode: RegisterMode) -> None:
-        """Poison gaps before anybody can touch them: no fault is answered yet."""
-        from pyuffd.handlers._present import is_touched
-
-        region, uffd = placed.region, self.handler.uffd
-        page = placed.page_size
+    def _gaps(self, placed: Placed) -> tuple[int, ...]:
+        """Return offsets, (start, end) each, of what is poisoned before anybody can touch it."""
+        page, start = placed.page_size, placed.start
         for gap in placed.gaps:
-            if (gap.start - placed.start) % page or (gap.end - placed.start) % page:
+            if (gap.start - start) % page or (gap.end - start) % page:
                 raise ValueError(
                     f"gaps='poison': the gap at {gap.start:#x} is a part of a page of {page:#x}"
                 )
-        if is_touched(region):
-            raise ValueError(f"the region at {region.start:#x} has pages already")
-        uffd.register(region.start, region.length, mode=mode)
-        for gap in placed.gaps:
-            at = region.start + gap.start - placed.start
-            uffd.poison(at, gap.end - gap.start)
+        return tuple(each - start for gap in placed.gaps for each in (gap.start, gap.end))
 
     # Filling
 

@@ -16,6 +16,7 @@ class Call(IntEnum):
     REMOVE_SPACE = auto()
     ADD = auto()
     FIND = auto()
+    OPEN = auto()
     SET_IOCTLS = auto()
     LIST_REGISTERED = auto()
     UNLIST_REGISTERED = auto()
@@ -81,6 +82,7 @@ KINDS = {call: _PLAIN for call in Call} | {
     Call.ADD_SPACE: Kind(changes_book=True, has_fds=True),
     Call.REMOVE_SPACE: Kind(waits=True),
     Call.ADD: Kind(changes_book=True, has_fds=True),
+    Call.OPEN: Kind(waits=True, changes_book=True, has_fds=True),
     Call.SET_IOCTLS: Kind(changes_book=True),
     Call.UNSERVE: Kind(waits=True, changes_book=True),
     Call.START: Kind(changes_book=True),

@@ -18,6 +18,8 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from pyuffd._describe import described, log_error
@@ -119,6 +121,15 @@ class HelperLink:
             raise cannot_start(f"it gave no answer for {limit_s:.0f} s")
         return self._result(call)
 
+    def call_by(self, send: Callable[[int, bytes], None], what: Call, *args: object) -> Any:
+        """Make a call whose message `send` sends, with what must come before it.
+
+        It gets the number of a socket, and what it raises is raised here.
+        """
+        call = self._begin(what, args, (), send)
+        call.done.wait(None)
+        return self._result(call)
+
     def call_at_end(
         self, what: Call, *args: object, limit_s: float = 0.0, patience_s: float | None = None
     ) -> Any:
@@ -168,14 +179,31 @@ class HelperLink:
         if not keeper.done.wait(KEEPER_LIMIT_S) or not call.done.wait(REPLACE_LIMIT_S):
             self._kill(call)
 
-    def _begin(self, what: Call, args: tuple[object, ...], fds: tuple[int, ...]) -> _Begun:
+    def _begin(
+        self,
+        what: Call,
+        args: tuple[object, ...],
+        fds: tuple[int, ...],
+        send: Callable[[int, bytes], None] | None = None,
+    ) -> _Begun:
         number, call = next(self._numbers), _Begun()
         data = _wire.encode(Message(number, what, _wire.packed(args)), len(fds))
         self._calls[number] = call
-        self._post(_Queued(data, fds))
+        self._post(_Queued(data, fds, None if send is None else partial(self._send, number, send)))
         return call
 
+    def _send(self, number: int, send: Callable[[int, bytes], None], data: bytes) -> None:
+        try:
+            send(self._process.socket.fileno(), data)
+        except Exception as error:
+            call = self._calls.pop(number, None)
+            if call is not None:
+                call.error = error
+                call.done.set()
+
     def _result(self, call: _Begun) -> Any:
+        if call.error is not None:
+            raise call.error
         if call.payload is None:
             raise self._lost_error()
         if not call.ok:
@@ -268,6 +296,9 @@ class HelperLink:
                 self._process.socket.shutdown(socket.SHUT_WR)
                 continue
             try:
+                if message.send is not None:
+                    message.send(message.data)
+                    continue
                 _wire.sendall(
                     self._process.socket, message.data, message.fds, ended=self._process.pidfd
                 )
@@ -344,10 +375,19 @@ class HelperLink:
 
 
 class _Queued:
-    """Bytes to send, with duplicates of the descriptors to send."""
+    """Bytes to send, with duplicates of the descriptors to send.
 
-    def __init__(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
+    `send` sends them, if it is set.
+    """
+
+    def __init__(
+        self,
+        data: bytes,
+        fds: tuple[int, ...] = (),
+        send: Callable[[bytes], None] | None = None,
+    ) -> None:
         self.data = data
+        self.send = send
         # An interrupted caller may close its own before they are sent.
         self._owners = [Descriptor.duplicate(fd) for fd in fds]
 
@@ -361,9 +401,13 @@ class _Queued:
 
 
 class _Begun:
-    """A call that waits for its answer; `payload` stays None when the helper is gone."""
+    """A call that waits for its answer; `payload` stays None when the helper is gone.
+
+    `error`: it was not sent.
+    """
 
     def __init__(self) -> None:
         self.done = Latch()
         self.ok = False
+        self.error: Exception | None = None
         self.payload: bytes | None = None

@@ -23,6 +23,7 @@ class Notes:
         self._book = book
         self._by_call: dict[Call, Callable[..., None]] = {
             Call.ADD: self._note_added,
+            Call.OPEN: self._note_opened,
             Call.SET_IOCTLS: self._note_ioctls,
             Call.LIST_REGISTERED: self._note_listed,
             Call.UNLIST_REGISTERED: self._note_unlisted,
@@ -71,6 +72,10 @@ class Notes:
         book = ServedBook(spec, list(fds), closing_may_hang=may_hang)
         self._book.served[served.number] = book
         fds.clear()
+
+    def _note_opened(self, _: list[int], ioctls: int, served: RangeId, __: object) -> None:
+        self._note_listed([], None, served.space, [(served.start, served.length)], False)
+        self._note_ioctls([], None, served, ioctls)
 
     def _note_ioctls(self, _: list[int], __: None, served: RangeId, ioctls: int) -> None:
         if served.number in self._book.served:

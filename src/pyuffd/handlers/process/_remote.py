@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -22,6 +22,7 @@ from pyuffd._errors import HelperLostError
 from pyuffd._overlay import OverlaySource, without_files
 from pyuffd._owned import Descriptor
 from pyuffd.handlers._bounce import Bounce
+from pyuffd.handlers._engine_calls import Dropping
 from pyuffd.handlers._fault_log import FaultLog
 from pyuffd.handlers._packed import Packed
 from pyuffd.handlers._served_parts import Part
@@ -32,6 +33,7 @@ from pyuffd.handlers._types import (
     Failure,
     HandlerStats,
     Held,
+    Opening,
     Protect,
     RangeId,
     RangeSpec,
@@ -46,6 +48,8 @@ from pyuffd.handlers.process._link import HelperLink
 from pyuffd.handlers.process._stand_in import StandIn
 from pyuffd.handlers.process._start import starting
 from pyuffd.handlers.process._transport import pack
+from pyuffd.lowlevel import Granted
+from pyuffd.pagemap import Pagemap
 
 # How long a worker process needs to poison a terabyte.
 SEAL_LIMIT_S = 60.0
@@ -158,8 +162,39 @@ class RemoteEngine(SoleOwner):
         found: RangeId | None = self._call(Call.FIND, space, start)
         return found
 
+    def open(
+        self, served: RangeId, how: Opening, granted: Granted, pagemap: Pagemap | None = None
+    ) -> int:
+        """Have the worker process register a range, look for pages, and begin to serve it.
+
+        A thread of this process that waits meanwhile may have the GIL.
+        """
+        fds = () if pagemap is None else (pagemap.fileno(),)
+        return self._open(served, granted, lambda: int(self._call(Call.OPEN, served, how, fds=fds)))
+
+    def open_dropped(
+        self, served: RangeId, how: Opening, granted: Granted, fd: int, *, shared: bool
+    ) -> int:
+        """Register a range here, drop all of it, and have the worker process serve it."""
+        drop = Dropping(fd, served.start, served.length, how.mode, shared=shared)
+        return self._open(
+            served, granted, lambda: int(self._link.call_by(drop.send, Call.OPEN, served, how))
+        )
+
+    def _open(self, served: RangeId, granted: Granted, call: Callable[[], int]) -> int:
+        granted.ask()
+        try:
+            ioctls = call()
+        except Exception as error:
+            if not isinstance(error, HelperLostError):
+                granted.answer(0)
+            raise
+        granted.answer(ioctls)
+        self._stand_in.set_ioctls(served, ioctls)
+        return ioctls
+
     def set_ioctls(self, served: RangeId, ioctls: int) -> None:
-        """Tell the engine which ioctls the registered range supports."""
+        """Begin to serve a range that its owner registers."""
         self._call(Call.SET_IOCTLS, served, int(ioctls))
         self._stand_in.set_ioctls(served, int(ioctls))
 

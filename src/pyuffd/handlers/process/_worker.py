@@ -28,6 +28,7 @@ from pyuffd.handlers._types import (
     Failure,
     FailureStage,
     LeafKind,
+    Opening,
     Protect,
     RangeId,
     RangeSpec,
@@ -42,6 +43,7 @@ from pyuffd.handlers.process._calls import KINDS, Answer, Call, Message
 from pyuffd.handlers.process._clean import clean_worker
 from pyuffd.handlers.process._successor import follow_parent, hold_descriptors
 from pyuffd.handlers.process._transport import PackedSource, unpack
+from pyuffd.lowlevel import Granted
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -103,6 +105,7 @@ class WorkerProcess:
             Call.REMOVE_SPACE: self.remove_space,
             Call.ADD: self.add,
             Call.FIND: self.find,
+            Call.OPEN: self.open,
             Call.SET_IOCTLS: engine.set_ioctls,
             Call.LIST_REGISTERED: self.list_registered,
             Call.UNLIST_REGISTERED: engine.unlist_registered,
@@ -309,6 +312,13 @@ class WorkerProcess:
         address = _memory.buffer_address(local)[0] if local is not None else 0
         here = replace(spec, content=content, local=address, local_file=None, owner=local)
         return self._engine.add(here, states_fd=states_fd, taken=taken)
+
+    def open(self, served: RangeId, how: Opening, fds: list[int]) -> int:
+        """Register a range in the owner, and begin to serve it."""
+        try:
+            return self._engine.open(served, how, Granted(), fds[0] if fds else None)
+        finally:
+            _wire.close_all(fds)
 
     def fill(
         self, served: RangeId, offset: int, length: int, unprotected: bool, fds: list[int]
