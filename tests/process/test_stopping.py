@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -133,6 +135,33 @@ def unserves(at: Setting) -> None:
         gate.open()
         assert page(other, 0) == data[0]
         assert is_lost(region, 0, data.size)
+
+
+@pitfall(4, "stop-behind-an-unserved-source", drivers=THREAD)
+def stops_behind(at: Setting) -> None:
+    """stop() waits for a source whose memory was unserved, and names it if it does not return."""
+    for returns in (True, False):
+        data = Pages(1, os.sysconf("SC_PAGE_SIZE"))
+        gate = GatedSource(at.source(data.all))
+        with (
+            Userfaultfd() as uffd,
+            Region.anonymous(data.size) as region,
+            contextlib.ExitStack() as late,
+        ):
+            late.callback(gate.open)
+            handler = Handler(uffd, driver=at.driver)
+            handler.serve(region, gate)
+            handler.start()
+            reader = losing(region, 0)
+            gate.wait_for_reads(1)
+            handler.unserve(region)
+            assert reader.result()
+            if returns:
+                threading.Timer(0.5, gate.open).start()
+                handler.stop(timeout_s=30)
+            else:
+                with pytest.raises(HandlerError, match="the source of memory that was unserved"):
+                    handler.stop(timeout_s=0.5)
 
 
 @pitfall(4, "exception-in-the-body", drivers=ALL)

@@ -131,9 +131,12 @@ def describe(held: Iterable[Held], all_served: Iterable[Served], *, is_remote: b
     def who(one: Held) -> str:
         return "of the helper process" if is_remote else repr(thread_name(one.thread_id))
 
+    def what(one: Held) -> str:
+        source = sources.get(one.number)
+        return "the source of memory that was unserved" if source is None else short_repr(source)
+
     return "; ".join(
-        f"thread {who(one)} is left behind at {one.start:#x}, held up by"
-        f" {short_repr(sources.get(one.number))}"
+        f"thread {who(one)} is left behind at {one.start:#x}, held up by {what(one)}"
         for one in held
     )
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import sys
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LEAVE_NS = 1_000_000_000
+LOOK_S = 0.005
 MAX_ERRNO = 4095  # Linux's
 
 
@@ -111,6 +114,7 @@ class Engine(EnginePages, EngineReports):
         # Each call holds a reference to the pointer, so the memory is freed after the last call.
         self._pointer = ffi.gc(self.life.place[0], self.life.pointer_is_gone)
         self._inline = inline
+        self._leave_by = math.inf  # when threads that a source still blocks are left
         self._owner_pid = owner_pid
         self._owners: dict[int, object] = {}
         self._added_last: tuple[int, int, int, Any] | None = None
@@ -331,13 +335,18 @@ class Engine(EnginePages, EngineReports):
         Wait at most `patience_s` in all for threads that a source blocks, then leave them.
         """
         engine = self._engine()
+        self._leave_by = min(self._leave_by, time.monotonic() + patience_s)
         stays = lib.uffd_engine_end(engine, int(patience_s * 1e9)) != 0
+        # A source may still be at work for a range that was taken out before.
+        while self.held() and time.monotonic() < self._leave_by:
+            time.sleep(LOOK_S)
         if self._inline:
             lib.uffd_inline_stop(engine, faulthandler_left())
         return Ended(self.held(), stays)
 
     def hurry(self, patience_s: float) -> None:
         """Let drain and end, in other threads, wait no longer than this."""
+        self._leave_by = min(self._leave_by, time.monotonic() + patience_s)
         lib.uffd_engine_hurry(self._engine(), int(patience_s * 1e9))
 
     def drain(self, limit_ns: int) -> bool:
