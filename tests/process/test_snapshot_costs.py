@@ -283,6 +283,9 @@ def test_no_call_registers_or_unregisters_all_of_many_mappings(
     with many_mappings(2500) as process:
         starts = [m.start for m in process.mappings() if m.kind is ANONYMOUS]
         take(process, tmp_path / "one", method=method, max_stall_s=20 * SCALE)
+    if method == "cow":
+        # C lets it go, in runs of adjacent mappings: see test_unregister_mappings.
+        assert spans.pop("unregister") == []
     for name, calls_ in spans.items():
         held = [bisect_left(starts, end) - bisect_left(starts, start) for start, end in calls_]
         assert (name, sum(held) >= 2500, max(held) <= 1000) == (name, True, True), held
