@@ -147,7 +147,7 @@ FREE_THREADED_TESTS ?= tests/unit tests/kernel tests/process
 
 free-threaded:
 	@$(PYTHON) -c 'import sys, sysconfig; sysconfig.get_config_var("Py_GIL_DISABLED") or sys.exit(f"PYTHON={sys.executable} has a GIL: name a free-threaded Python, as PYTHON=python3.14t")'
-	$(MAKE) VENV=$(FREE_THREADED_VENV) $(FREE_THREADED_VENV)/.installed-free-threaded
+	$(MAKE) VENV=$(FREE_THREADED_VENV) $(FREE_THREADED_VENV)/.installed-test
 	$(FREE_THREADED_VENV)/bin/python -W error -c 'import sys, pyuffd; assert not sys._is_gil_enabled()'
 	$(FREE_THREADED_VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --maxprocesses 8 --dist worksteal $(FREE_THREADED_TESTS) $(PYTEST_ARGS)
 
@@ -211,10 +211,6 @@ $(VENV)/.installed-test: $(VENV)/.installed
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --group dev
 	@touch $(VENV)/.installed-test $@
-
-$(VENV)/.installed-free-threaded: $(VENV)/.installed
-	$(PIP) --group free-threaded
-	@touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed
 	$(PIP) --group docs

@@ -302,7 +302,7 @@ async def from_the_loop() -> None:
         return DATA.all[offset : offset + length]
 
     with pytest.raises(HandlerError):
-        async with served(fetch, stall_timeout_s=0.2) as (_, region):
+        async with served(fetch, stall_timeout_s=1) as (_, region):
             assert is_lost(region, 0, PAGE)
             assert await read(region, 1) == DATA[1]
 

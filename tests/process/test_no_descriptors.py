@@ -32,6 +32,7 @@ from pyuffd import (
 from pyuffd.testing import FaultingChild, needs
 from pyuffd.testing._run import SCALE
 from tests._child import run_child
+from tests._gil import needs_gil
 from tests._memory import PAGE
 from tests._tasks import of_threads
 from tests.kernel._serving import wait_until
@@ -230,6 +231,7 @@ def waits_with_the_gil() -> None:
         bytes(region.memoryview()[4 * PAGE : 4 * PAGE + 1])
 
 
+@needs_gil(there=True)
 def test_a_stall_below_what_is_open() -> None:
     """The thread that ends a stall polls too."""
     ended = run_child(waits_with_the_gil, expect=-signal.SIGBUS, budget_s=20)

@@ -13,6 +13,7 @@ from pyuffd.testing import needs, needs_privilege
 from pyuffd.testing._run import SCALE
 from tests import _readme, _sessions
 from tests._child import crowd
+from tests._gil import needs_gil
 from tests.kernel.test_readme import is_line
 from tests.process._tracking import OF_OTHERS
 from tests.process.test_track_process import needs_program
@@ -28,6 +29,8 @@ def need_by_name(name: str) -> pytest.MarkDecorator | list[pytest.MarkDecorator]
     """Return the mark for a name in the comment before a block."""
     if name == "other-processes":
         return OF_OTHERS
+    if name == "gil":
+        return needs_gil(there=True)
     if name.startswith("CAP_"):
         return needs_privilege(name)
     if name in Feature.__members__:

@@ -49,6 +49,7 @@ def swallow():
     object_ = Object()
     if wanted == "weakref":
         reference = weakref.ref(object_, callback)
+        del object_
     if wanted == "gc":
         gc.callbacks.append(callback)
         gc.collect()
