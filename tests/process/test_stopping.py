@@ -157,7 +157,7 @@ def stops_behind(at: Setting) -> None:
             handler.unserve(region)
             assert reader.result()
             if returns:
-                threading.Timer(0.5, gate.open).start()
+                threading.Timer(0.3, gate.open).start()
                 handler.stop(timeout_s=30)
             else:
                 with pytest.raises(HandlerError, match="the source of memory that was unserved"):

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LEAVE_NS = 1_000_000_000
-LOOK_S = 0.005
+LEFT_S, LOOK_S = 1.0, 0.005
 MAX_ERRNO = 4095  # Linux's
 
 
@@ -337,8 +337,10 @@ class Engine(EnginePages, EngineReports):
         engine = self._engine()
         self._leave_by = min(self._leave_by, time.monotonic() + patience_s)
         stays = lib.uffd_engine_end(engine, int(patience_s * 1e9)) != 0
-        # A source may still be at work for a range that was taken out before.
-        while self.held() and time.monotonic() < self._leave_by:
+        # A source may still be at work for a range that was taken out, or a page that was poisoned,
+        # before. Nobody waits for its answer, so it gets no longer than this.
+        leave_at = time.monotonic() + LEFT_S
+        while self.held() and time.monotonic() < min(self._leave_by, leave_at):
             time.sleep(LOOK_S)
         if self._inline:
             lib.uffd_inline_stop(engine, faulthandler_left())
