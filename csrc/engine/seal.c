@@ -10,9 +10,13 @@
  * POISON says EFAULT of a page behind the end of a file that was made shorter.  A thread
  * that touches it gets SIGBUS from the kernel, and zeros if the file grows again, as after
  * any ftruncate(2): call the page removed.
+ *
+ * Without EVENT_UNMAP a part may have been unmapped, or have another mapping over it, without a
+ * word: POISON and WRITEPROTECT say ENOENT there.  What lies behind it is still ours.
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <unistd.h>
 
 #include "failures.h"
 #include "fill.h"
@@ -24,6 +28,8 @@
 #include "slices.h"
 #include "space.h"
 #include "base/clock.h"
+#include "base/tasks.h"
+#include "remote/maps.h"
 
 /*
  * Forks that share memory share its states, but poison belongs to one address space: a
@@ -148,6 +154,46 @@ static uint64_t unprotect_slice(const struct slices *all, struct uffd_range *ran
 	return *error_ret ? at : end;
 }
 
+/* Where the next mapping begins; the address itself if that is unknown. */
+static uint64_t next_mapping(const struct uffd_space *space, uint64_t address)
+{
+	uint64_t start, end, next = address;
+	int r, fd = -1;
+
+	if (space->owner_pid)
+		fd = uffd_task_open(space->owner_pid, "maps", 0);
+	if (fd < 0)
+		return address;
+	r = uffd_maps_next(fd, address, &start, &end);
+	if (r == 0)
+		next = start > address ? start : end;
+	else if (r == -ENOENT)
+		next = UINT64_MAX;
+	close(fd);
+	return next;
+}
+
+/* Skip what is not registered at *offset; returns whether it was skipped. */
+static bool skip_gone(const struct slices *all, uint64_t *offset)
+{
+	struct uffd_range *range;
+	struct access access;
+	uint64_t at, next = 0;
+
+	if (!open_access(all->engine, all->ref.space, &access))
+		return false;
+	at = all->ref.start + *offset;
+	range = find_piece(access.space, all->ref.id, *offset, at);
+	if (range) {
+		at = range->start + (*offset - range->origin);
+		next = lower(next_mapping(access.space, at), range->end);
+		if (next > at)
+			*offset += next - at;
+	}
+	close_access(&access);
+	return range && next > at;
+}
+
 /* Work on a piece from *offset on; EAGAIN and ENOMEM are retried. */
 static int work_on(struct slices *all, uint64_t *offset, struct patience *patience)
 {
@@ -156,6 +202,8 @@ static int work_on(struct slices *all, uint64_t *offset, struct patience *patien
 		int r = do_slice(all, offset, &done);
 
 		if (r == 0)
+			rest(patience);
+		else if (r == -ENOENT && all->work != preserve_slice && skip_gone(all, offset))
 			rest(patience);
 		else if ((r != -EAGAIN && r != -ENOMEM) || !wait_on(patience))
 			return r;

@@ -249,6 +249,21 @@ int uffd_maps_query(int fd, const struct uffd_page_region *vec, uint64_t count, 
 	return ret;
 }
 
+int uffd_maps_next(int fd, uint64_t address, uint64_t *start_ret, uint64_t *end_ret)
+{
+	struct procmap_query query = {
+		.size = sizeof(query),
+		.query_flags = COVERING_OR_NEXT,
+		.query_addr = address,
+	};
+
+	if (ioctl(fd, PROCMAP_QUERY, &query))
+		return -errno;
+	*start_ret = query.vma_start;
+	*end_ret = query.vma_end;
+	return 0;
+}
+
 int uffd_maps_page_size(int fd, uint64_t start, uint64_t *page_size_ret)
 {
 	struct procmap_query query = { .size = sizeof(query), .query_addr = start };

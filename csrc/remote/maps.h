@@ -56,4 +56,10 @@ void uffd_maps_free(struct uffd_maps *maps);
  */
 int uffd_maps_page_size(int fd, uint64_t start, uint64_t *page_size_ret);
 
+/*
+ * The mapping that holds an address, or else the next one; `fd`: an open /proc/PID/maps.
+ * -ENOENT: there is none.  -ENOTTY: before Linux 6.11.
+ */
+int uffd_maps_next(int fd, uint64_t address, uint64_t *start_ret, uint64_t *end_ret);
+
 #endif /* UFFD_REMOTE_MAPS_H */
