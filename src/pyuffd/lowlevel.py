@@ -76,7 +76,7 @@ class Granted:
     def __init__(self) -> None:
         self._cell: Any = ffi.new("uint64_t *")
         self._owner: object = None
-        self.is_unknown = False  # a helper process was asked to register it
+        self.is_unknown: bool = False  # a helper process was asked to register it
 
     @property
     def ioctls(self) -> int:
