@@ -23,6 +23,7 @@
 #include "populate.h"
 #include "put.h"
 #include "range.h"
+#include "registered.h"
 #include "save.h"
 #include "seal.h"
 #include "slices.h"
@@ -154,7 +155,13 @@ static uint64_t unprotect_slice(const struct slices *all, struct uffd_range *ran
 	return *error_ret ? at : end;
 }
 
-/* Where the next mapping begins; the address itself if that is unknown. */
+/* Pages that are asked for one by one before the gate may be closed. */
+#define ASKED_AT_ONCE	4096u
+
+/*
+ * Where the next mapping begins; the address itself if that is unknown: of a fork, before Linux
+ * 6.11, or without a free descriptor.
+ */
 static uint64_t next_mapping(const struct uffd_space *space, uint64_t address)
 {
 	uint64_t start, end, next = address;
@@ -173,25 +180,39 @@ static uint64_t next_mapping(const struct uffd_space *space, uint64_t address)
 	return next;
 }
 
-/* Skip what is not registered at *offset; returns whether it was skipped. */
+/* Look for registered memory behind a page that is not, some way. */
+static uint64_t next_registered_page(const struct uffd_range *range, uint64_t address)
+{
+	uint64_t next = address + range->page_size;
+	bool found = false;
+
+	for (unsigned int i = 0; i < ASKED_AT_ONCE && next < range->end; i++) {
+		if (is_one_mapping(range, next, next + range->page_size, &found) || found)
+			break;
+		next += range->page_size;
+	}
+	return next;
+}
+
+/* Skip memory that is not registered, at *offset; returns whether there was any. */
 static bool skip_gone(const struct slices *all, uint64_t *offset)
 {
 	struct uffd_range *range;
 	struct access access;
-	uint64_t at, next = 0;
+	uint64_t at, next;
 
 	if (!open_access(all->engine, all->ref.space, &access))
 		return false;
-	at = all->ref.start + *offset;
-	range = find_piece(access.space, all->ref.id, *offset, at);
+	range = find_piece(access.space, all->ref.id, *offset, all->ref.start + *offset);
 	if (range) {
 		at = range->start + (*offset - range->origin);
-		next = lower(next_mapping(access.space, at), range->end);
-		if (next > at)
-			*offset += next - at;
+		next = next_mapping(access.space, at);
+		if (next == at)
+			next = next_registered_page(range, at);
+		*offset += lower(next, range->end) - at;
 	}
 	close_access(&access);
-	return range && next > at;
+	return range;
 }
 
 /* Work on a piece from *offset on; EAGAIN and ENOMEM are retried. */

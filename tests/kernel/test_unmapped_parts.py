@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import resource
 import tempfile
 from contextlib import ExitStack, closing
 from typing import Literal
@@ -32,12 +33,13 @@ from tests.process.test_killed_keeper import filled
 
 pytestmark = needs(Feature.POISON)
 
-How = Literal["unmapped", "file"]
+How = Literal["unmapped", "file", "no descriptors"]
 End = Literal["stop", "unserve", "close"]
 DRIVERS: tuple[AnyDriver, ...] = ("native", "inline", "thread", "process")
 PAGES, FIRST, COUNT = 8, 3, 2
 MISSING, WP = RegisterMode.MISSING, RegisterMode.WP
 MAP_FIXED = 0x10
+_, HARD = resource.getrlimit(resource.RLIMIT_NOFILE)
 LIBC = ctypes.CDLL(None, use_errno=True)
 LIBC.mmap.restype = ctypes.c_void_p
 LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
@@ -45,8 +47,11 @@ LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 def replace(start: int, length: int, how: How) -> None:
-    """Unmap the memory, or map a file over it."""
-    if how == "unmapped":
+    """Unmap the memory, or map a file over it.
+
+    Without a free descriptor the mappings cannot be read, as on Linux before 6.11.
+    """
+    if how != "file":
         assert LIBC.munmap(start, length) == 0
         return
     protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | MAP_FIXED
@@ -69,12 +74,15 @@ def ends(driver: AnyDriver, name: str, how: How, end: End, mode: int) -> None:
         for page in present:
             assert region.read(page * size, size) == b"x" * size
         replace(region.start + FIRST * size, COUNT * size, how)
+        if how == "no descriptors":
+            resource.setrlimit(resource.RLIMIT_NOFILE, (0, HARD))
         if end == "stop":
             handler.stop()
         elif end == "unserve":
             handler.unserve(region)
         else:
             uffd.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (HARD, HARD))
         for page in range(PAGES):
             if FIRST <= page < FIRST + COUNT:
                 continue
@@ -92,7 +100,7 @@ def ends_in_each_way(driver: AnyDriver, name: str, how: How) -> None:
             ends(driver, name, how, end, int(mode))
 
 
-@pytest.mark.parametrize("how", ["unmapped", "file"])
+@pytest.mark.parametrize("how", ["unmapped", "file", "no descriptors"])
 @pytest.mark.parametrize("name", memory_params())
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_what_lies_behind_is_poisoned(driver: AnyDriver, name: str, how: How) -> None:
