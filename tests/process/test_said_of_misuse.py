@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +9,10 @@ import pytest
 
 from pyuffd import Process, Snapshot, SnapshotFormatError
 from tests._memory import PAGE
+from tests.process._sleeping import process as process
 from tests.process._tracking import OF_OTHERS
 
 pytestmark = OF_OTHERS
-
-
-@pytest.fixture
-def process() -> Iterator[Process]:
-    with subprocess.Popen(["sleep", "60"]) as child:
-        try:
-            with Process(child.pid) as process:
-                yield process
-        finally:
-            child.kill()
 
 
 # What is no snapshot

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +27,10 @@ from pyuffd.testing import FaultingChild, needs
 from tests._child import run_child
 from tests._memory import PAGE
 from tests.process._counters import program as program
+from tests.process._sleeping import process as process
 from tests.process._tracking import OF_OTHERS
 
 pytestmark = OF_OTHERS
-
-
-@pytest.fixture
-def process() -> Iterator[Process]:
-    with subprocess.Popen(["sleep", "60"]) as child:
-        try:
-            with Process(child.pid) as process:
-                yield process
-        finally:
-            child.kill()
 
 
 def take(target: Any, path: Path, **options: Any) -> object:
