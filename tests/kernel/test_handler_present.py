@@ -29,6 +29,7 @@ from pyuffd import (
     Userfaultfd,
     ZeroSource,
 )
+from pyuffd.handlers._present import Present
 from pyuffd.testing import MEMORY_TYPES, needs_privilege
 from pyuffd.testing._opening import only_user_mode
 from tests._child import run_child
@@ -87,6 +88,25 @@ def kept(driver: Driver, name: str) -> None:
 
 
 test_kept = everywhere(kept)
+
+
+def kept_if_adopted(present: Present | None) -> None:
+    """An earlier handler of an adopted userfaultfd may have filled them."""
+    with (
+        Region.anonymous(2 * PAGE) as region,
+        Userfaultfd() as owner,
+        Userfaultfd.from_fd(os.dup(owner.fileno()), owner_pid=os.getpid()) as uffd,
+        Handler(uffd) as handler,
+    ):
+        region.write(0, b"there")
+        handler.serve(region, BufferSource(b"s" * region.length), present=present)
+        assert region.read(0, 5) == b"there"
+        assert region.read(PAGE, 1) == b"s"
+
+
+@pytest.mark.parametrize("present", [None, "keep", "refuse"])
+def test_kept_if_adopted(present: Present | None) -> None:
+    run_child(kept_if_adopted, present)
 
 
 def dropped(driver: Driver, name: str) -> None:

@@ -143,9 +143,9 @@ class ServesRegions(Unserves):
                 number, "keep" keeps what they hold, "drop" drops them (memory of this process
                 only). Pages that other threads touch during this call are among them, up to the
                 registration; who touches one afterwards waits for its content. The default is
-                "refuse", but "keep" if a handler may have filled them: for
-                adopted userfaultfds, and for a Region that was served before, whose poison marks
-                are kept too.
+                "refuse", but "keep" if a handler may have filled them: for a Region that was
+                served before, whose poison marks are kept too, and always for adopted
+                userfaultfds, where "refuse" is as "keep".
             ioctls: For memory that the owner of an adopted userfaultfd registers itself, before or
                 after this call: the ioctls that it then supports. The handler registers nothing,
                 and calls no page present before its fill finds it so.
