@@ -190,7 +190,7 @@ struct uffd_engine {
 	uint64_t last_taken_ns;
 
 	pthread_mutex_t keeper_lock;	/* one report at a time; taken last */
-	pthread_mutex_t registered_lock;	/* for changes of the spaces' `registered`, and `vacated` */
+	pthread_mutex_t registered_lock;	/* for the spaces' `registered` and `vacated` */
 	_Atomic uint32_t vacated;	/* places in all spaces' lists */
 
 	pthread_t thread;

@@ -27,7 +27,7 @@ struct uffd_opening {
 	uint64_t before;	/* modes for which all of it is registered already; else 0 */
 	uint32_t stays_registered; /* after an error as well */
 	uint32_t reads_events;	/* the engine runs, and reads the event of a drop */
-	const uint64_t *poison;	/* offsets, (start, end) each: pages to poison before it is open */
+	const uint64_t *poison;	/* offsets, (start, end) each: pages to poison first */
 	uint64_t poison_count;
 	/* Results: */
 	uint64_t ioctls;	/* 0: it is not registered */

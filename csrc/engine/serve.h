@@ -7,8 +7,8 @@
 
 /*
  * Add a range, before it is registered.  It is closed until its ioctls are set, see open.h.
- * `id_ret` names it from now on, wherever it is moved.  -EEXIST: it overlaps a served range; -ENODATA: the source ends before the
- * range's last page.
+ * `id_ret` names it from now on, wherever it is moved.  -EEXIST: it overlaps a served range;
+ * -ENODATA: the source ends before the range's last page.
  */
 int uffd_engine_add(struct uffd_engine *engine, uint32_t space,
 		    const struct uffd_range_spec *spec, uint64_t *id_ret);

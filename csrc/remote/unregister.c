@@ -75,10 +75,10 @@ static bool next_mapping(struct text *text, struct uffdio_range *range_ret, bool
 }
 
 /*
- * Before Linux 6.17 any userfaultfd can unregister what is registered with another one, which would
- * fill the pages with zeros that its handler has not filled yet: so ask first.  Nothing is told
- * without an effect: a page is protected that is unregistered next, and registering finds another
- * one's registration; memory that is registered with none is not touched.
+ * On Linux 6.12 any userfaultfd can unregister what is registered with another one (6.18 refuses,
+ * both measured), which would fill the pages with zeros that its handler has not filled yet.  So ask
+ * first.  Nothing is told without an effect: a page is protected that is unregistered next, and
+ * registering finds another one's registration; memory that is registered with none is not touched.
  */
 static bool may_be_ours(int uffd, const struct uffdio_range *range)
 {

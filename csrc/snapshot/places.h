@@ -35,7 +35,7 @@ void uffd_places_deinit(struct uffd_places *places);
 void uffd_places_add(struct uffd_places *places, struct uffd_owed_piece piece);
 /* The first piece that ends behind an address, or NULL; it is valid until the next change. */
 struct uffd_owed_piece *uffd_places_from(const struct uffd_places *places, uint64_t address);
-/* Memory has moved; pieces that were in its new place are removed.  After -ENOMEM nothing has changed. */
+/* Memory has moved: pieces in its new place are removed.  After -ENOMEM nothing has changed. */
 int uffd_places_move(struct uffd_places *places, uint64_t from, uint64_t to, uint64_t length);
 /* After -ENOMEM nothing has changed. */
 int uffd_places_remove(struct uffd_places *places, uint64_t start, uint64_t end);

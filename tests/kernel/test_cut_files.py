@@ -152,7 +152,7 @@ def test_changes_after_the_end(driver: AnyDriver) -> None:
 
 
 def cut_beneath_a_wait(driver: AnyDriver, name: str) -> None:
-    """A thread waits for the content of a page that is cut off: it must not wait for ever."""
+    """A thread waits for the content of a page that is cut off: it must not hang."""
     memory = memory_of(name)
     entered, let_go = threading.Event(), threading.Event()
 
