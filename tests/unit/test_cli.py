@@ -20,7 +20,6 @@ import pytest
 
 import pyuffd
 from pyuffd import Feature, cli
-from pyuffd._describe import human_size
 from pyuffd._errors import UffdOSError
 from pyuffd._probe import OpenSupport
 from pyuffd._refusals import explain_device, explain_syscall
@@ -268,10 +267,10 @@ def _open(works: bool) -> OpenSupport:
 
 @pytest.mark.parametrize(
     ("size", "text"),
-    [(0, "0 bytes"), (4096, "4 KiB"), (1536 << 20, "1.5 GiB"), (3 << 50, "3072 TiB")],
+    [(0, "0 B"), (4096, "4 KiB"), (1536 << 20, "1.5 GiB"), (3 << 50, "3072 TiB")],
 )
-def test_human_size(size: int, text: str) -> None:
-    assert human_size(size) == text
+def test_size_text(size: int, text: str) -> None:
+    assert _report.size_text(size) == text
 
 
 # Why opening is refused
@@ -350,7 +349,7 @@ def test_page_is_complete_and_fits_where_nothing_works() -> None:
     text = " ".join(" ".join(lines).split())
     assert "userfaultfd cannot be used here." in text
     assert text.count("EPERM: a seccomp filter") == 3
-    assert "memory 64 MiB, swap 0 bytes, 1.5 CPUs" in text
+    assert "memory 64 MiB, swap 0 B, 1.5 CPUs" in text
     assert "in a user namespace, under a seccomp filter" in text
     assert "3.13.0 free-threaded: the GIL is off" in text
 

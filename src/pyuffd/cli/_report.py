@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pyuffd
 from pyuffd import Feature, KernelSupport
-from pyuffd._describe import human_size
 from pyuffd.cli import _cgroup
 from pyuffd.cli._report_types import (
     SCHEMA,
@@ -145,6 +144,16 @@ def _lacking(support: KernelSupport) -> Feature:
 def _names(mask: IntFlag) -> list[str]:
     """Return the names of the set bits that have one, lowest first."""
     return [str(flag.name) for flag in type(mask) if flag in mask]
+
+
+def size_text(size: int) -> str:
+    """Return a size for people: 2 MiB, 23.5 GiB."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.1f}".removesuffix(".0") + f" {unit}"
 
 
 def _errno_name(code: int) -> str | None:
@@ -306,7 +315,7 @@ def _missing_memory(
             folder = SYSFS_MM / "hugepages" / f"hugepages-{pool.size >> 10}kB"
             wanted = pool.total + ADVISED_HUGE_PAGES[pool.size]
             yield Missing(
-                f"huge pages of {human_size(pool.size)}",
+                f"huge pages of {size_text(pool.size)}",
                 f"{pool.total} in the pool, none left",
                 f"echo {wanted} > {folder}/nr_hugepages",
             )

@@ -11,8 +11,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import TextIO
 
-from pyuffd._describe import human_size
-from pyuffd.cli._report import make_report
+from pyuffd.cli._report import make_report, size_text
 from pyuffd.cli._report_types import Mode, Report
 
 WIDTH = 100
@@ -149,23 +148,23 @@ class _Page:
         report = self._report
         memory, swap, limits = report.memory, report.swap, report.limits
         yield from self._row(
-            "memory", f"{human_size(memory.available)} available of {human_size(memory.total)}"
+            "memory", f"{size_text(memory.available)} available of {size_text(memory.total)}"
         )
         yield from self._row(
             "swap",
-            f"{human_size(swap.free)} free of {human_size(swap.total)}" if swap.total else "none",
+            f"{size_text(swap.free)} free of {size_text(swap.total)}" if swap.total else "none",
         )
         yield from self._row("control group", self._cgroup())
         yield from self._row("CPUs", f"{report.cpus.usable} usable of {report.cpus.online}")
         for pool in report.huge_pages:
             promised = f", {pool.reserved} of them reserved" if pool.reserved else ""
             yield from self._row(
-                f"{human_size(pool.size)} pages", f"{pool.free} free of {pool.total}{promised}"
+                f"{size_text(pool.size)} pages", f"{pool.free} free of {pool.total}{promised}"
             )
         yield from self._row("hugetlbfs", " ".join(report.hugetlbfs) or "not mounted")
         if report.shm.total is not None and report.shm.free is not None:
             yield from self._row(
-                "/dev/shm", f"{human_size(report.shm.free)} free of {human_size(report.shm.total)}"
+                "/dev/shm", f"{size_text(report.shm.free)} free of {size_text(report.shm.total)}"
             )
         yield from self._row(
             "THP",
@@ -190,7 +189,7 @@ class _Page:
     def _cgroup(self) -> str:
         cgroup = self._report.cgroup
         found = [
-            f"{name} {human_size(limit)}"
+            f"{name} {size_text(limit)}"
             for name, limit in (
                 ("memory", cgroup.memory),
                 ("swap", cgroup.swap),
@@ -224,7 +223,7 @@ class _Page:
 
 
 def _limit_size(limit: int | None) -> str:
-    return "unlimited" if limit is None else human_size(limit)
+    return "unlimited" if limit is None else size_text(limit)
 
 
 def _wrap(text: str, width: int, *, indent: str = "", keep_words: bool = False) -> list[str]:
