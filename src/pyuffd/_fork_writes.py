@@ -81,12 +81,16 @@ def _unseen(uffd: Tracked) -> tuple[int, int] | None:
     ranges = tuple(uffd._registered_for(RegisterMode.WP))
     if not ranges or ranges == before:
         return None
-    for vma in _vmas.overlapping(ranges[0][0], ranges[-1][1], details=True):
+    # Both are in address order.
+    later = iter(ranges)
+    start, end = next(later)
+    for vma in _vmas.overlapping(start, ranges[-1][1], details=True):
         if not vma.shared or "uw" not in vma.flags or _NOT_FORKED in vma.flags:
             continue
-        for start, end in ranges:
-            if start < vma.end and vma.start < end:
-                return max(start, vma.start), min(end, vma.end)
+        while end <= vma.start:  # the last range ends behind every mapping's start
+            start, end = next(later)
+        if start < vma.end:
+            return max(start, vma.start), min(end, vma.end)
     _seen[uffd] = ranges
     return None
 
