@@ -39,7 +39,8 @@ _GONE = {errno.ESRCH, errno.ENOMEM}
 class AsyncMethod:
     """The mappings of a process inside a scope, registered with a userfaultfd that has WP_ASYNC.
 
-    Whoever made the userfaultfd closes it after this, unless it `is_borrowed`.
+    `arm` registers them; `close` unregisters them, also if `arm` raised. Whoever made the
+    userfaultfd closes it after this, unless it `is_borrowed`.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class AsyncMethod:
         self._gaps: tuple[list[Row], int, list[Blind]] | None = None
         self._tracked = calls.TrackedRows([])
         self._known = NO_RANGES
-        self._arm(self._wanted(self._mappings))
+        self._is_armed = False
 
     def _read_mappings(self) -> Mappings:
         if self._spans is None:
@@ -150,9 +151,12 @@ class AsyncMethod:
 
     def _register(self, rows: list[Row]) -> tuple[list[Row], calls.TrackedRows]:
         """Register rows; return those that the kernel took, and all that it was asked for."""
-        if not self._uffd._is_alone:
-            rows = [row for row in rows if self._is_free(row)]
+        rows = self._free(rows)
         tracked = self._packed(rows)
+        return self._registered(rows, tracked), tracked
+
+    def _registered(self, rows: list[Row], tracked: calls.TrackedRows) -> list[Row]:
+        """Register rows, which `tracked` has too; return those that the kernel took."""
         tracked.register()
         errors = dict(tracked.errors())
         if not _GONE.isdisjoint(errors.values()):
@@ -164,7 +168,11 @@ class AsyncMethod:
         if self._is_borrowed or not self._uffd.adopted:
             for uffd, spans in self._by_uffd(taken):
                 uffd._note_all_protected(spans)
-        return taken, tracked
+        return taken
+
+    def _free(self, rows: list[Row]) -> list[Row]:
+        """Return the rows that nobody else of this process has."""
+        return rows if self._uffd._is_alone else [row for row in rows if self._is_free(row)]
 
     def _is_free(self, row: Row) -> bool:
         """Whether nobody else of this process has a row, as `Userfaultfd.register` finds out."""
@@ -181,9 +189,12 @@ class AsyncMethod:
         detail = f"{os.strerror(code)}: {mapping.path or mapping.kind.value}"
         self._refused[mapping] = Blind(row.start, row.end, reason, detail)
 
-    def _arm(self, wanted: list[Row]) -> None:
+    def arm(self) -> None:
         """Register and protect everything for the first time."""
-        rows, tracked = self._register(wanted)
+        wanted = self._free(self._wanted(self._mappings))
+        tracked = self._packed(wanted)
+        self._rows, self._tracked = wanted, tracked  # for close()
+        rows = self._registered(wanted, tracked)
         if not tracked.protect(self._uffd.fileno()):
             self._process.check()  # unmapped since, some of it: the first round says so
         self._rows = rows
@@ -196,6 +207,7 @@ class AsyncMethod:
         ]
         tracked = self._packed(compared)
         self._known = self._scan(tracked, 0, NO_RANGES).known
+        self._is_armed = True
 
     def _scan(self, rows: calls.TrackedRows, flags: int, known: memoryview) -> calls.Found:
         return calls.round_(self._process.pagemap.fileno(), rows, self._flags | flags, known)
@@ -380,6 +392,9 @@ class AsyncMethod:
     def close(self) -> None:
         """Unregister what was registered: closing a userfaultfd does it for all at once."""
         if not self._uffd.closed:  # by its owner
+            if not self._is_armed:
+                refused = dict(self._tracked.errors())
+                self._set_rows([row for i, row in enumerate(self._rows) if i not in refused])
             self._tracked.unregister()
             if self._is_borrowed:
                 self._unregister_parts([self._rows[i] for i, _ in self._tracked.errors()])

@@ -47,13 +47,12 @@ class SyncMethod:
         self._rows: list[Row] = []
         self._mappings: Mappings = process.mappings()
         self._handler = Handler(uffd, driver="native")
-        try:
-            self._handler.start()
-            for mapping in _rows.in_scope(self._mappings, scope):
-                self._serve(mapping)
-        except BaseException:
-            self._handler.stop()
-            raise
+
+    def arm(self) -> None:
+        """Serve and protect everything for the first time; `close` ends that, also if it raised."""
+        self._handler.start()
+        for mapping in _rows.in_scope(self._mappings, self._scope):
+            self._serve(mapping)
 
     def _serve(self, mapping: Mapping, fresh: calls.Gathered | None = None) -> bool:
         """Serve and protect a mapping; note the reason if that is refused.

@@ -47,6 +47,8 @@ _claiming = ForkLock()
 
 
 class _Method(Protocol):
+    def arm(self) -> None: ...
+
     def collect(self, mappings: Mappings | None = None) -> Pending: ...
 
     def peek(self) -> Pending: ...
@@ -147,6 +149,7 @@ class DirtyTracker(Closing):
             is_borrowed = isinstance(target, Userfaultfd)
             self._method = self._made(process, uffd, scope, watch, is_borrowed=is_borrowed)
             stack.callback(self._method.close)
+            self._method.arm()
             self._pinned = self._pins_at_first()
             self._since = time.monotonic()
             self._open: ExitStack | None = stack.pop_all()
