@@ -150,3 +150,108 @@ def test_nothing_is_said_of_a_thread_that_does_not_die(action: str, tmp_path: Pa
     assert ended.returncode == 0, ended.stderr
     assert not ended.stderr
     assert ("PagePoisonedError" if action == "method" else "b'x'") in ended.stdout
+
+
+# Daemon threads end where they need the GIL, perhaps with a lock
+
+LOCKED = """
+import atexit, gc, sys, threading, time
+
+LOCKS = type(threading.RLock()), type(threading.Lock())
+go, holding = threading.Event(), threading.Event()
+
+def locks():
+    for one in gc.get_objects():
+        if type(one).__module__.startswith("pyuffd.") and type(one).__name__ != "Latch":
+            for name, value in list(getattr(one, "__dict__", {}).items()):
+                if isinstance(value, LOCKS):
+                    yield f"{type(one).__name__}.{name}", value
+    for module in [one for name, one in sys.modules.items() if name.startswith("pyuffd.")]:
+        for name, value in list(vars(module).items()):
+            if type(value).__name__ == "ForkLock":
+                yield f"{module.__name__}.{name}", value.now
+
+def hold():
+    go.wait()
+    print(*sorted(name for name, lock in locks() if lock.acquire(blocking=False)), flush=True)
+    holding.set()
+    time.sleep(1e6)
+
+threading.Thread(target=hold, daemon=True).start()
+
+@atexit.register  # before pyuffd is imported, so that it runs after pyuffd's
+def after_all_has_stopped():
+    go.set()
+    holding.wait()
+
+import warnings
+warnings.simplefilter("ignore")
+from pyuffd import (
+    CallableSource, DirtyTracker, Feature, Handler, HandlerError, Region, Snapshot, Userfaultfd,
+    ZeroSource, lazy,
+)
+
+def make(driver, source):
+    uffd = Userfaultfd(features=Feature.SIGBUS if driver == "inline" else Feature(0))
+    region = Region.anonymous(8192)
+    handler = Handler(uffd, driver=driver)
+    handler.serve(region, source)
+    handler.start()
+    return uffd, region, handler
+"""
+HELD: dict[str, tuple[str, str]] = {
+    **{
+        driver: (f"kept = make({driver!r}, ZeroSource())", "Handler._lock")
+        for driver in ("native", "inline", "thread", "process")
+    },
+    "left-behind": (
+        """
+inside = threading.Event()
+def read(offset, length):
+    inside.set()
+    time.sleep(1e6)
+
+uffd, region, handler = make("thread", CallableSource(read))
+threading.Thread(target=lambda: region.read(0, 1), daemon=True).start()
+inside.wait()
+try:
+    handler.stop(timeout_s=0.1)
+except HandlerError:
+    pass
+engines = [one for one in gc.get_objects() if type(one).__name__ == "EngineLife"]
+assert engines
+class Drops:
+    def __del__(self, one=engines.pop()):
+        one.free_if_deserted()
+sys.drops = Drops()  # `sys` is cleared last; the threads' frames keep our own names
+""",
+        "EngineLife._lock",
+    ),
+    "lazy": ("kept = lazy(b'x' * 8192, 8192).__enter__()", "Handler._lock"),
+    "tracker": (
+        "kept = DirtyTracker(Region.anonymous(8192)).collect().__enter__()",
+        "DirtyTracker._lock",
+    ),
+    "restore": (
+        """
+import os, tempfile
+memory = Region.anonymous(1 << 22)
+memory.write(0, os.urandom(1 << 22))
+path = tempfile.mkdtemp(dir=".") + "/image"
+Snapshot.take(memory, path)
+opened = Snapshot.open(path)
+where = opened.regions[0].start
+kept = opened.restore({where: Region.anonymous(1 << 22)}, mode="copy", rate=4096)
+""",
+        "Drain._lock",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_a_lock_that_nobody_releases(name: str, tmp_path: Path) -> None:
+    """Destructors that run at the end do not wait for it."""
+    made, lock = HELD[name]
+    ended = run_program(tmp_path, LOCKED + made)
+    assert ended.returncode == 0, ended.stderr
+    assert lock in ended.stdout.split(), ended.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ class EngineLife:
         # Modules may be gone before a destructor runs.
         self._discard = lib.uffd_engine_discard
         self._tidy = _left.tidy
+        self._is_exiting = sys.is_finalizing
 
     def own(self) -> None:
         """Note that somebody will call `let_go`."""
@@ -55,6 +57,9 @@ class EngineLife:
 
     def free_if_deserted(self) -> bool:
         """Free it if it is over; return whether it is freed."""
+        # At the interpreter's exit the thread that holds the lock has ended, or is still in C.
+        if self._is_exiting() and not self._lock.acquire(blocking=False):
+            return False
         with self._lock:
             if self.is_over and not self._is_freed:
                 self._is_freed = bool(self._discard(self.place))
