@@ -351,6 +351,8 @@ def bad_arguments() -> None:
                     snapshot.restore(regions, **options)
             with pytest.raises(TypeError):
                 snapshot.restore([region], mode="copy")  # type: ignore[list-item]
+            with pytest.raises(TypeError, match="mapping of addresses to regions"):
+                snapshot.restore(region)  # type: ignore[arg-type]
             with Region.memfd(4 * PAGE) as shared:
                 for mode in ("minor", "map"):
                     with pytest.raises(ValueError, match="private anonymous"):

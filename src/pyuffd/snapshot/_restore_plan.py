@@ -26,7 +26,12 @@ Regions = (
 
 def place(image: Image, regions: Regions) -> list[Placed]:
     """Return regions with their content, checked."""
-    pairs = regions.items() if isinstance(regions, Mapping) else regions
+    pairs: object = regions.items() if isinstance(regions, Mapping) else regions
+    if not isinstance(pairs, Iterable):
+        raise TypeError(
+            "regions must be a mapping of addresses to regions, or pairs (address, region), not"
+            f" {shown(pairs)}"
+        )
     images = chain_of(image)
     found: list[Placed] = []
     for number, pair in enumerate(pairs):
