@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from threading import RLock
 from typing import final
+
+from pyuffd._latch import RLock
 
 
 @final

@@ -7,12 +7,37 @@ released twice, so that RuntimeError replaces the exception (measured with CPyth
 
 from __future__ import annotations
 
+import _thread
 import contextlib
+import sys
 import threading
 import time
 
 # A waiter that was interrupted while it let the next one through leaves it waiting for so long.
 LOOK_S = 0.2
+
+
+if sys.version_info >= (3, 14):
+
+    class RLock(_thread.RLock):
+        """A lock that an exception of a signal handler does not leave held.
+
+        Before CPython 3.14 no signal handler runs between the return of a lock's `__enter__` in C
+        and the block. Since then one may (measured: in 4,488 of 8,000 interruptions of a loop). It
+        still does not if `__enter__` is a Python function.
+        """
+
+        def __enter__(self) -> bool:
+            before = self._recursion_count()
+            try:
+                return self.acquire()
+            except BaseException:
+                if self._recursion_count() > before:
+                    self.release()
+                raise
+
+else:
+    RLock = threading.RLock
 
 
 def is_held_here(lock: threading.RLock) -> bool:

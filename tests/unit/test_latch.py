@@ -1,16 +1,21 @@
-"""The flag that threads wait for which a signal may interrupt."""
+"""The flag that threads wait for which a signal may interrupt, and the lock."""
 
 from __future__ import annotations
 
+import random
 import re
+import signal
 import sys
 import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pytest
+
 import pyuffd
-from pyuffd._latch import Latch
+from pyuffd._latch import Latch, RLock
+from tests._child import run_child
 
 SOURCE = Path(pyuffd.__file__).parent
 # `Snapshot.record` accepts a flag of the program's own.
@@ -108,3 +113,69 @@ def test_no_event_is_waited_for() -> None:
         if re.search(r"\bthreading\.Event\b", path.read_text())
     ]
     assert {path.name for path in paths if not kits & set(path.parts)} == {*GIVEN, "_latch.py"}
+
+
+def test_nothing_uses_another_lock() -> None:
+    """But what one thread acquires and another releases, or what is never waited for."""
+    kits = {"testing", "conformance", "cli"}
+    users = {
+        path.relative_to(SOURCE).name
+        for path in SOURCE.rglob("*.py")
+        if not kits & set(path.relative_to(SOURCE).parts)
+        and re.search(r"\bthreading\.R?Lock\b", path.read_text())
+    }
+    assert users == {"_latch.py", "_restore_hot.py"}
+
+
+INTERRUPTIONS = 1_000
+
+
+def is_free(lock: threading.RLock) -> bool:
+    """Return whether another thread could acquire it."""
+    free: list[bool] = []
+
+    def look() -> None:
+        if lock.acquire(blocking=False):
+            lock.release()
+            free.append(True)
+
+    other = threading.Thread(target=look)
+    other.start()
+    other.join()
+    return bool(free)
+
+
+def interrupted_around_a_lock() -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Injected
+
+    def go_on(lock: threading.RLock) -> None:
+        while True:
+            with lock:
+                pass
+
+    signal.signal(signal.SIGALRM, interrupt)
+    lock, chance = RLock(), random.Random(1)
+    for _ in range(INTERRUPTIONS):
+        after_s = chance.uniform(20e-6, 100e-6)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, after_s)
+            go_on(lock)
+        except Injected:
+            pass
+        assert is_free(lock)
+
+
+def test_an_exception_at_any_instant_leaves_a_lock_free() -> None:
+    run_child(interrupted_around_a_lock)
+
+
+def test_a_lock_is_held_as_often_as_it_is_acquired() -> None:
+    lock = RLock()
+    with lock, lock:
+        lock.acquire()
+        lock.release()
+        assert not is_free(lock)
+    assert is_free(lock)
+    with pytest.raises(RuntimeError):
+        lock.release()

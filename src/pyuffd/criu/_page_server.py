@@ -16,7 +16,7 @@ from typing import Literal
 from pyuffd._arguments import check_bools, check_choice, check_int, check_seconds, new_buffer
 from pyuffd._closing import Closing
 from pyuffd._errors import ClosedError, CriuError
-from pyuffd._latch import Latch
+from pyuffd._latch import Latch, RLock
 from pyuffd._limits import start_thread
 from pyuffd._owned import Descriptor
 from pyuffd._pages import PAGE_SIZE, check_range
@@ -81,7 +81,7 @@ class RemotePages(Closing):
         check_choice("wire", wire, WIRES)
         self._head = WIRES[wire]
         self._timeout_s = check_seconds("timeout_s", timeout_s)
-        self._lock = threading.Lock()
+        self._lock = RLock()
         self._new: deque[_Asked] = deque()
         self._error: CriuError | None = None
         self._is_closing = self._has_failed = False

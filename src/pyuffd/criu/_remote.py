@@ -17,6 +17,7 @@ from typing import Any
 
 from pyuffd._closing import Closing
 from pyuffd._errors import ClosedError, CriuError, HandoverError
+from pyuffd._latch import RLock
 from pyuffd._limits import start_thread
 from pyuffd._unix_sockets import connect_unix, listen_unix
 from pyuffd.criu._page_server import LARGEST_PID, RemotePages
@@ -39,7 +40,7 @@ class PageBroker(Closing):
         self._folder = tempfile.mkdtemp(prefix="pyuffd-criu-")
         self._listener = listen_unix(os.path.join(self._folder, "pages"), backlog=64)
         self._connections: set[socket.socket] = set()
-        self._lock = threading.Lock()
+        self._lock = RLock()
         self._threads: list[threading.Thread] = []
         self._start(self._accept)
 

@@ -24,7 +24,7 @@ from pyuffd._errors import (
     ProcessGoneError,
     UffdOSError,
 )
-from pyuffd._latch import Latch
+from pyuffd._latch import Latch, RLock
 from pyuffd._limits import start_thread
 from pyuffd._pages import PAGE_SIZE
 from pyuffd._recording import Recording, Watched
@@ -146,7 +146,7 @@ class Restore:
         self._files = Files()
         self._tasks: dict[int, ServedTask] = {}
         self._zombies: set[int] = set()
-        self._lock = threading.Lock()
+        self._lock = RLock()
         self._stopped = Latch()
         self._errors: list[str] = []
 

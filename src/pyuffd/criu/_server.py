@@ -19,6 +19,7 @@ from pyuffd._arguments import check_bools, check_int, check_path, check_seconds
 from pyuffd._closing import Closing
 from pyuffd._describe import described, log_error, short_repr
 from pyuffd._errors import ClosedError, CriuError, UffdError
+from pyuffd._latch import RLock
 from pyuffd._limits import start_thread
 from pyuffd._owned import Descriptor
 from pyuffd._polling import Poll
@@ -141,7 +142,7 @@ class LazyPages(Closing):
         self.path: str = os.path.join(folder, SOCKET_NAME)
         self.reports: list[RestoreReport] = []
         self._running: dict[int, Restore] = {}
-        self._lock = threading.Lock()
+        self._lock = RLock()
         self._slots = threading.BoundedSemaphore(MOST_RESTORES)
         self._ended = Descriptor.eventfd()
         self._refusing = Descriptor.eventfd()

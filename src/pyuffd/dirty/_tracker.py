@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
 import time
 import warnings
 import weakref
@@ -19,7 +18,7 @@ from pyuffd._closing import Closing
 from pyuffd._dropped import close_dropped
 from pyuffd._errors import ClosedError, UffdError, UnsupportedFeatureError, raise_errno
 from pyuffd._fork_lock import ForkLock
-from pyuffd._latch import is_held_here
+from pyuffd._latch import RLock, is_held_here
 from pyuffd._pages import RangeLike
 from pyuffd._uffd import Userfaultfd
 from pyuffd.dirty import _async, _rows
@@ -132,7 +131,7 @@ class DirtyTracker(Closing):
         check_bools(watch_drops=watch_drops)
         if method not in _METHODS:
             raise ValueError(f"method {shown(method)} is not one of {', '.join(_METHODS)}")
-        self._lock = threading.RLock()
+        self._lock = RLock()
         self._pending = Pending()
         self._rate = 0.0
         self._last: DirtyRound | None = None
@@ -377,7 +376,7 @@ class DirtyTracker(Closing):
         if stack is not None and self._maker == os.getpid():
             stack.close()
 
-    def _turn(self, what: str) -> threading.RLock:
+    def _turn(self, what: str) -> RLock:
         """Return the lock, for a `with` statement; refuse a call inside another one."""
         if is_held_here(self._lock):
             raise UffdError(

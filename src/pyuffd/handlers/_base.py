@@ -24,9 +24,8 @@ from pyuffd.handlers.process._remote import RemoteEngine
 from pyuffd.regions import Region
 
 if TYPE_CHECKING:
-    from threading import RLock
-
     from pyuffd._abi import RegisterMode
+    from pyuffd._latch import RLock
     from pyuffd._uffd import Userfaultfd
     from pyuffd.handlers._checks import Driver
     from pyuffd.handlers._ending import Ending

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from pyuffd._closing import attach
 from pyuffd._describe import repr_of
 from pyuffd._errors import HandlerError, UffdOSError
-from pyuffd._latch import Latch
+from pyuffd._latch import Latch, RLock
 from pyuffd._limits import start_thread
 from pyuffd._overlay import leaves_of
 from pyuffd._room import has_room_for_thread
@@ -83,9 +83,9 @@ class Ending:
         self._progress = progress
         self._error: BaseException | None = None
         self._is_over = Latch()
-        self._start_lock = threading.RLock()
+        self._start_lock = RLock()
         self._is_started = False
-        self._work_lock = threading.RLock()
+        self._work_lock = RLock()
         self._worker = 0  # the thread that does the work
         self.began_at = time.monotonic()
         self._give_up_at = self.began_at + limit_s

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-import threading
 from typing import Any, NamedTuple
 
 from pyuffd import _left
 from pyuffd._closing import SoleOwner
 from pyuffd._errors import ClosedError, raise_errno
+from pyuffd._latch import RLock
 from pyuffd._shim import ffi, lib
 from pyuffd.handlers._types import RangeId
 
@@ -25,7 +25,7 @@ class EngineLife:
         self.place = ffi.new("struct uffd_engine **")  # C notes the engine here
         self.is_over = False  # no call is inside, and none will come
         self._is_owned = self._is_finalized = self._is_freed = False
-        self._lock = threading.RLock()
+        self._lock = RLock()
         # Modules may be gone before a destructor runs.
         self._discard = lib.uffd_engine_discard
         self._tidy = _left.tidy

@@ -11,7 +11,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
-from threading import RLock
 from types import TracebackType
 from typing import Self
 
@@ -21,6 +20,7 @@ from pyuffd._closing import Closing
 from pyuffd._describe import counted
 from pyuffd._dropped import close_dropped
 from pyuffd._errors import HandlerError
+from pyuffd._latch import RLock
 from pyuffd._limits import raise_shortage
 from pyuffd._pages import RangeLike
 from pyuffd._uffd import Userfaultfd

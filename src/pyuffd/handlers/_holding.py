@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-import threading
 import time
 from typing import TYPE_CHECKING
 
 from pyuffd._arguments import check_seconds
 from pyuffd._closing import Closing
 from pyuffd._errors import ClosedError, HandlerError, HelperLostError, UffdOSError
+from pyuffd._latch import RLock
 from pyuffd.handlers._base import HandlerBase
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Hold(Closing):
         self._stopped_at = stopped_at
         self._limit_at = time.monotonic() + limit_s
         self._engine: Backend | None = engine
-        self._lock = threading.RLock()
+        self._lock = RLock()
         self.expired: bool = False
         try:
             self._token = engine.pause(int(limit_s * 1e9))

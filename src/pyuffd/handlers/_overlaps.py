@@ -7,7 +7,6 @@ Nor may engines of several handlers wait for each other in a circle.
 from __future__ import annotations
 
 import os
-import threading
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +18,7 @@ from weakref import WeakSet
 
 from pyuffd._abi import RegisterMode
 from pyuffd._fork_lock import ForkLock
+from pyuffd._latch import RLock
 from pyuffd._overlay import leaves_of
 from pyuffd._pages import RangeLike
 from pyuffd.regions import Region
@@ -38,7 +38,7 @@ _lock = ForkLock()
 _removed: deque[tuple[Overlaps, Range]] = deque()
 
 
-def overlaps_lock() -> threading.RLock:
+def overlaps_lock() -> RLock:
     """Return the lock of all handlers, the last that is acquired."""
     return _lock.now
 

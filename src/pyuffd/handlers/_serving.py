@@ -6,7 +6,6 @@ import functools
 import logging
 import operator
 import os
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable
@@ -20,6 +19,7 @@ from pyuffd._arguments import check_flags
 from pyuffd._describe import short_repr
 from pyuffd._diagnose import mergeable
 from pyuffd._errors import HelperLostError, UffdOSError
+from pyuffd._latch import RLock
 from pyuffd._left import Number
 from pyuffd._pages import PAGE_SIZE, RangeLike, check_region, page_size_of
 from pyuffd._uffd import Userfaultfd
@@ -71,9 +71,9 @@ class Served:
     protections: int = 0  # how often it was protected
     # Held by evict() with a `write_back`: two calls could write different contents of a page in the
     # wrong order.
-    evicting: threading.RLock = field(default_factory=threading.RLock)
+    evicting: RLock = field(default_factory=RLock)
     # Held by calls that may wait for its pages; acquired after `evicting`, before the handler's.
-    changing: threading.RLock = field(default_factory=threading.RLock)
+    changing: RLock = field(default_factory=RLock)
     on_close: list[Callable[[], None]] = field(default_factory=list)
     check: Callable[[int, int], None] | None = None  # before accesses of the region
     parts: list[Part] = field(default_factory=list)  # what is still served of the range

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Unpack
 
 from pyuffd._describe import described, log_debug
 from pyuffd._errors import ClosedError, UffdOSError
+from pyuffd._latch import RLock
 from pyuffd._limits import start_thread
 from pyuffd._overlay import OverlaySource
 from pyuffd.handlers._engine import Engine
@@ -93,7 +94,7 @@ class WorkedEngine(Engine):
         self._options = options
         self._not_populated: dict[int, BaseException] = {}  # by address, until populate raises it
         self._sources: dict[int, PageSource] = {}
-        self._adding = threading.RLock()
+        self._adding = RLock()
         self._labels: dict[int, str] = {}
         self._places: dict[int, tuple[RangeId, int]] = {}  # with the size of a page
         self._raised: deque[SourceFailure] = deque(maxlen=RAISED_KEPT)

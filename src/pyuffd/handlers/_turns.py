@@ -8,11 +8,10 @@ handler waits forever. So there a lock that is not free is refused.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from threading import RLock
 from typing import TYPE_CHECKING
 
 from pyuffd._errors import HandlerError
-from pyuffd._latch import is_held_here
+from pyuffd._latch import RLock, is_held_here
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -28,7 +27,7 @@ def turn_of(lock: RLock, *inner: RLock) -> AbstractContextManager[object]:
     If this thread holds an inner one already, the lock must be free: it is not waited for.
     """
     if is_held_here(lock) or not any(map(is_held_here, inner)):
-        return lock  # its methods are in C, so no exception arrives inside them
+        return lock
     return _Free(lock)
 
 
@@ -48,7 +47,14 @@ class _Free:
         self._lock = lock
 
     def __enter__(self) -> None:
-        if not self._lock.acquire(blocking=False):
+        was_held = is_held_here(self._lock)
+        try:
+            is_ours = self._lock.acquire(blocking=False)
+        except BaseException:  # of another signal handler
+            if not was_held and is_held_here(self._lock):
+                self._lock.release()
+            raise
+        if not is_ours:
             raise CalledInside(
                 "a signal handler interrupted a call of a handler, for which another thread waits"
                 " that is at work on the same pages: nothing was done. Call it again when the"

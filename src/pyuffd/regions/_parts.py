@@ -6,13 +6,14 @@ import builtins
 import os
 import warnings
 import weakref
-from threading import RLock, get_ident
+from threading import get_ident
 from typing import TYPE_CHECKING, NoReturn
 
 from pyuffd import _memory
 from pyuffd._arguments import check_int, shown
 from pyuffd._closing import CloseCallbacks
 from pyuffd._errors import ClosedError
+from pyuffd._latch import RLock
 
 if TYPE_CHECKING:
     from collections.abc import Callable

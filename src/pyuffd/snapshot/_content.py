@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Literal
 
 from pyuffd import _image_calls as calls
 from pyuffd._errors import SnapshotError, SnapshotFormatError
+from pyuffd._latch import RLock
 from pyuffd._overlay import OverlaySource, Run
 from pyuffd._pages import RangeLike, page_size_of, round_up
 from pyuffd.snapshot._format import NUMBERS, RunState
@@ -160,7 +160,7 @@ class PackedPages:
         self._path, self._sha256 = image.path, image.manifest_sha256
         self._start, self._length = start, length
         self._image: Image | None = None
-        self._lock = threading.Lock()
+        self._lock = RLock()
 
     @property
     def length(self) -> int:
@@ -199,7 +199,7 @@ class PackedPages:
 
     def __setstate__(self, state: tuple[str, str, int, int]) -> None:
         self._path, self._sha256, self._start, self._length = state
-        self._image, self._lock = None, threading.Lock()
+        self._image, self._lock = None, RLock()
 
     def __repr__(self) -> str:
         return f"PackedPages({self._path}, {self._start:#x})"

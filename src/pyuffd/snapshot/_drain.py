@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 from pyuffd._errors import UffdOSError
 from pyuffd._image_calls import be_gentle
-from pyuffd._latch import Latch
+from pyuffd._latch import Latch, RLock
 from pyuffd._limits import start_thread
 
 T = TypeVar("T")
@@ -84,7 +84,7 @@ class Drain(Generic[T]):
         self._pieces = deque(islice(self._rest, threads))
         self._first: deque[tuple[Callable[[], int], Batch]] = deque()
         # Not by the condition's own methods, in which a signal may leave it locked.
-        self._lock = threading.RLock()
+        self._lock = RLock()
         self._changed = threading.Condition(self._lock)
         self._rate = rate
         self._due = 0.0

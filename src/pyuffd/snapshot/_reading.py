@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from pyuffd._closing import Closing
 from pyuffd._errors import SnapshotFormatError, raise_if_short
+from pyuffd._latch import RLock
 from pyuffd._owned import Descriptor
 from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE
 from pyuffd.snapshot import _sums
@@ -71,7 +72,7 @@ class Image(Closing):
         self._chunks: OrderedDict[int, bytes] = OrderedDict()
         self._good: set[int] = set()  # chunks that were compared with their checksums, by start
         self._last: SnapshotRun | None = None
-        self._holds, self._closes, self._holding = 0, False, threading.RLock()
+        self._holds, self._closes, self._holding = 0, False, RLock()
         with ExitStack() as stack:
             folder = stack.enter_context(open_directory(self.path))
             raw = _read(folder, self.path, MANIFEST, MANIFEST_MOST)

@@ -124,7 +124,6 @@ class Restore(Closing):
         self._began = time.monotonic()
         self._pid = os.getpid()
         self._closed = False
-        self._lock = threading.Lock()
         self._placed = placed
         self._ended_at = 0.0
         self._path = path

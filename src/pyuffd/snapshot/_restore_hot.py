@@ -10,6 +10,7 @@ from itertools import pairwise
 
 from pyuffd._arguments import shown
 from pyuffd._image_calls import HotPlan, hot_plan, read_ahead
+from pyuffd._latch import RLock
 from pyuffd._pages import PAGE_SIZE
 from pyuffd._recording import Recording, Until, Watched
 from pyuffd._working_set import SHARE, Place, Run, WorkingSet, parts
@@ -59,7 +60,7 @@ class Hot:
         self._placed = placed
         self._known = known
         self.filled_bytes = 0
-        self._lock = threading.Lock()
+        self._lock = RLock()
         self._asking = threading.Lock()
         # What is filled by one call: a plan, and the first and the last of its rows.
         self._windows: list[tuple[HotPlan, int, int, int]] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -21,7 +20,7 @@ from pyuffd._errors import (
     UffdOSError,
 )
 from pyuffd._image_calls import read_ahead
-from pyuffd._latch import Latch
+from pyuffd._latch import Latch, RLock
 from pyuffd._pages import round_up
 from pyuffd._uffd import Userfaultfd
 from pyuffd.handlers import Handler
@@ -88,7 +87,7 @@ class Serving:
                 source._around = around
         self._all = placed
         self._sums = sums
-        self._lock = threading.RLock()
+        self._lock = RLock()
         self._stopped = Latch()
         self._errors: list[BaseException] = []
         self._is_ours = handler is None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import mmap
-import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from pyuffd import _memory
+from pyuffd._latch import RLock
 from pyuffd._owned import Descriptor
 from pyuffd._pages import PAGE_SIZE, RangeLike
 from pyuffd.regions import Region, RegionKind
@@ -40,7 +40,7 @@ class Share:
         self.is_complete = False
         self._users = 0
         self._sealed: Descriptor | None = None
-        self._lock = threading.RLock()
+        self._lock = RLock()
         self._forgotten = False
 
     def map_over(self, region: RangeLike) -> PrivateMapping:
@@ -102,7 +102,7 @@ class Shares:
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, int], Share] = {}
-        self._lock = threading.RLock()
+        self._lock = RLock()
 
     @staticmethod
     def check(placed: Sequence[Placed], *, poisons: bool) -> None:

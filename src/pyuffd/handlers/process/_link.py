@@ -24,7 +24,7 @@ from typing import Any
 
 from pyuffd._describe import described, log_error
 from pyuffd._errors import HelperLostError
-from pyuffd._latch import Latch
+from pyuffd._latch import Latch, RLock
 from pyuffd._limits import start_thread
 from pyuffd._owned import Descriptor
 from pyuffd._polling import Poll
@@ -63,7 +63,7 @@ class HelperLink:
         self._calls: dict[int, _Begun] = {}
         self._queue: deque[_Queued | None] = deque()
         # Guards `_wake` and the start; reentrant, as a signal handler may call too.
-        self._lock = threading.RLock()
+        self._lock = RLock()
         self._wake = Descriptor()
         self._ready = self._lost = False
         self._give_up_at = math.inf

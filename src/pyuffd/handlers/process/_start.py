@@ -10,7 +10,6 @@ import select
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 from pyuffd import _limits
 from pyuffd._describe import counted
 from pyuffd._errors import HelperLostError, limit_met
+from pyuffd._latch import RLock
 from pyuffd._owned import Descriptor
 from pyuffd._polling import Poll
 from pyuffd._stdio import STDIO, socketpair_above_stdio
@@ -50,7 +50,7 @@ class HelperProcess:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # guards the members below
+        self._lock = RLock()  # guards the members below
         self._how = ""
         self._oom_kills = _limits.oom_kills()
         self._said = Descriptor()

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from pyuffd import _memory
 from pyuffd._describe import text_of
 from pyuffd._errors import HandlerError, UffdError, UffdOSError
+from pyuffd._latch import RLock
 from pyuffd._overlay import OverlaySource, with_files
 from pyuffd.handlers._served_parts import Part
 from pyuffd.handlers._threads import WorkedEngine
@@ -82,7 +83,7 @@ class WorkerProcess:
     ) -> None:
         self._control = control
         self._reports = reports
-        self._send_lock = threading.Lock()
+        self._send_lock = RLock()
         self._restarts = book.restarts
         self._gave_up = book.gave_up
         self._served: dict[int, RangeId] = {}
