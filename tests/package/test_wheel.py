@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 import pyuffd
-from tests._child import ROOT
+from pyuffd.testing._run import SCALE
+from tests._child import ROOT, crowd
 
 pytestmark = pytest.mark.package
 
@@ -45,7 +46,7 @@ def run(*command: str | Path, cwd: Path | None = None) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
+        timeout=120 * SCALE * crowd(),
     )
     assert done.returncode == 0, done.stdout
     return done.stdout

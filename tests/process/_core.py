@@ -16,6 +16,7 @@ from pyuffd.testing._run import SCALE
 from tests.process._attach import status
 
 PAGE = 4096
+_PAUSE = "34"  # the system call, in /proc/PID/task/TID/syscall
 
 
 @dataclass
@@ -51,6 +52,11 @@ class Target:
         """Let it take its next step, and wait until it is ready again."""
         self.popen.send_signal(signal.SIGUSR1)
         self.read_places()
+
+    def all_pause(self) -> bool:
+        """Whether each thread of mode "threads" has reached its last step."""
+        calls = Path(f"/proc/{self.pid}/task").glob("*/syscall")
+        return all(call.read_text().split()[0] == _PAUSE for call in calls)
 
     def vector_is_loaded(self) -> bool:
         """Whether mode "vector" has reached its loop, with the value in ymm9."""

@@ -27,7 +27,6 @@ from tests.process.test_track_process import needs_program
 pytestmark = needs_privilege("CAP_SYS_PTRACE", "CAP_SYS_ADMIN")
 LIMIT_S = 60 * SCALE
 THREADS = 4
-PAUSE = "34 "  # the system call, in /proc/PID/syscall
 BIN = Path(sys.executable).parent
 
 
@@ -42,7 +41,7 @@ class Written:
 def stopped(program: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Written]:
     """A core of a target that a signal has stopped, so that every look at it sees the same."""
     target = Target.start(program, "threads", THREADS)
-    wait_until("it waits", lambda: Path(f"/proc/{target.pid}/syscall").read_text()[:3] == PAUSE)
+    wait_until("all threads wait", target.all_pause)
     target.popen.send_signal(signal.SIGSTOP)
     wait_until("it is stopped", lambda: status(target.pid)["State"][0] == "T")
     path = tmp_path_factory.mktemp("readers") / "core"

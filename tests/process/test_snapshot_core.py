@@ -32,7 +32,7 @@ from tests.process._attach import status, wait_until
 from tests.process._core import PAGE, Core, Target
 from tests.process._tracking import METHODS, OF_OTHERS
 from tests.process.test_core import program as program
-from tests.process.test_core_readers import PAUSE, THREADS, gdb, run
+from tests.process.test_core_readers import THREADS, gdb, run
 from tests.process.test_track_process import needs_program
 
 pytestmark = OF_OTHERS
@@ -69,7 +69,7 @@ def stopped(program: str, tmp_path_factory: pytest.TempPathFactory) -> Written:
         # The kernel writes the number of the CPU to rseq's memory when a thread runs on.
         patch.setenv("GLIBC_TUNABLES", "glibc.pthread.rseq=0")
         target = Target.start(program, "threads", THREADS)
-    wait_until("it waits", lambda: Path(f"/proc/{target.pid}/syscall").read_text()[:3] == PAUSE)
+    wait_until("all threads wait", target.all_pause)
     target.popen.send_signal(signal.SIGSTOP)
     wait_until("it is stopped", lambda: status(target.pid)["State"][0] == "T")
     folder = tmp_path_factory.mktemp("cores")
