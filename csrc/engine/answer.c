@@ -57,11 +57,14 @@ static void give_back(struct uffd_range *range, uint64_t at, uint64_t end)
 }
 
 /*
- * Put a run of pages that still wait for the request; the gate is held for one run.
- * A page that was dropped is skipped, whatever its state is now: it is zeros.
+ * Put a run of pages that still wait for the request, at most *most bytes; the gate is held
+ * for one run.  A page that was dropped is skipped, whatever its state is now: it is zeros.
+ *
+ * A page that is not registered any more is skipped alone, since what lies behind it may be
+ * what a thread waits for.
  */
 static int put_answer(struct uffd_engine *engine, const struct uffd_request *request,
-		      uint64_t *offset, const char *data, uint64_t *filled)
+		      uint64_t *offset, const char *data, uint64_t *most, uint64_t *filled)
 {
 	struct uffd_space *space = space_get(engine, request->space);
 	uint64_t end = request->offset + request->length, at, stop, past;
@@ -85,7 +88,7 @@ static int put_answer(struct uffd_engine *engine, const struct uffd_request *req
 	}
 	at = range->start + (*offset - range->origin);
 	stop = at;
-	while (stop < range->end && content_offset(range, stop) < end &&
+	while (stop < range->end && content_offset(range, stop) < end && stop - at < *most &&
 	       claim_requested(range, stop)) {
 		stop += range->page_size;
 		if (is_huge(range))
@@ -122,12 +125,18 @@ static int put_answer(struct uffd_engine *engine, const struct uffd_request *req
 		r = -EAGAIN;
 	if (r == -ESRCH)
 		atomic_store(&space->gone, true);
-	if (r == -ENOENT || r == -ESRCH) {
-		/* Gone, and its event unread: unclaim it, in case it is requested again. */
+	if (r == -ESRCH) {
 		unclaim(range, past, stop, UFFD_PAGE_ABSENT);
-		*offset += stop - past;
+	} else if (r == -ENOENT) {
+		/* Its event may be unread: unclaim it, in case it is requested again. */
+		unclaim(range, past, past + range->page_size, UFFD_PAGE_ABSENT);
+		give_back(range, past + range->page_size, stop);
+		*offset += range->page_size;
+		*most = range->page_size;
 	} else {
 		give_back(range, past, stop);
+		if (*most < request->length)
+			*most *= 2;
 	}
 out:
 	let_go(space->table, shard, hold);
@@ -231,7 +240,7 @@ static void note_lack(struct uffd_request *request, int error)
 int answer_request(struct uffd_engine *engine, struct uffd_request *request, const void *data)
 {
 	uint64_t offset = request->offset, end = request->offset + request->length;
-	uint64_t give_up = 0, filled = 0;
+	uint64_t give_up = 0, filled = 0, most = request->length;
 	unsigned int attempt = 0;
 	uint32_t phase;
 	int r = 0;
@@ -246,7 +255,7 @@ int answer_request(struct uffd_engine *engine, struct uffd_request *request, con
 		phase = begin_work(engine);
 	}
 	while (offset < end && !__atomic_load_n(&request->abandoned, __ATOMIC_ACQUIRE)) {
-		r = put_answer(engine, request, &offset, data, &filled);
+		r = put_answer(engine, request, &offset, data, &most, &filled);
 		if (r == 0) {
 			if (attempt)
 				note_lack(request, 0);

@@ -105,3 +105,37 @@ def ends_in_each_way(driver: AnyDriver, name: str, how: How) -> None:
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_what_lies_behind_is_poisoned(driver: AnyDriver, name: str, how: How) -> None:
     run_child(ends_in_each_way, driver, name, how, budget_s=30)
+
+
+def fills_behind(driver: AnyDriver, name: str, how: How) -> None:
+    """One request of a Python source reaches over the part; its fault is behind that."""
+    some = (Feature(0), Feature.EVENT_REMOVE, Feature.EVENT_UNMAP)
+    for events in some[:1] if driver == "process" else some:
+        for populates in (False, True):
+            fills_behind_once(driver, name, how, events, populates)
+
+
+def fills_behind_once(
+    driver: AnyDriver, name: str, how: How, events: Feature, populates: bool
+) -> None:
+    with ExitStack() as stack:
+        memory = stack.enter_context(closing(memory_of(name, holes=True)))
+        region, size = memory.pages(PAGES), memory.page_size
+        uffd = stack.enter_context(Userfaultfd(features=events))
+        prefetch = 2 * PAGES * size
+        handler = stack.enter_context(Handler(uffd, driver=driver, prefetch=prefetch))
+        handler.serve(region, CallableSource(filled))
+        replace(region.start + FIRST * size, COUNT * size, how)
+        if populates and not events & Feature.EVENT_UNMAP:
+            handler.populate(region, chunk=PAGES * size)
+        for page in (PAGES - 1, FIRST + COUNT, 0):
+            assert region.read(page * size, size) == b"x" * size
+        faults = handler.stats().faults["missing"]
+        assert faults <= 3, faults
+
+
+@pytest.mark.parametrize("how", ["unmapped", "file"])
+@pytest.mark.parametrize("name", memory_params())
+@pytest.mark.parametrize("driver", ["thread", "process"])
+def test_what_lies_behind_is_filled(driver: AnyDriver, name: str, how: How) -> None:
+    run_child(fills_behind, driver, name, how, budget_s=20)
