@@ -41,6 +41,11 @@ def crowd() -> float:
     return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
+def limit_s(seconds: float) -> float:
+    """Return a limit for a program that may hang: PYUFFD_BUDGET_SCALE and the load stretch it."""
+    return seconds * _run.SCALE * crowd()
+
+
 def run_child(
     target: Callable[..., Any] | str,
     /,

@@ -20,7 +20,7 @@ import pytest
 
 from pyuffd.testing._need import Need
 from pyuffd.testing._needs import marked
-from pyuffd.testing._run import SCALE
+from tests._child import limit_s
 from tests.criu._get import cached
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +38,7 @@ def _is_usable(name: str) -> str | None:
     """Return None, or why this CRIU cannot be used here."""
     command = [name, "check", "--feature", "uffd-noncoop"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s(60))
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
     if done.returncode == 0 and "is supported" in done.stdout:
@@ -75,7 +75,7 @@ def in_namespace(name: str, *args: object, budget_s: float) -> Any:
         env=os.environ | {"PYUFFD_CRIU": criu_path() or ""},
     )
     try:
-        out, _ = program.communicate(timeout=budget_s * SCALE)
+        out, _ = program.communicate(timeout=limit_s(budget_s))
     finally:
         program.kill()
         program.wait()

@@ -59,7 +59,7 @@ from pyuffd.testing import (
 from pyuffd.testing import needs as kit_needs
 from pyuffd.testing import needs_privilege as privilege
 from pyuffd.testing._needs import needs_kernel_faults
-from tests._child import ROOT, run_child
+from tests._child import ROOT, limit_s, run_child
 from tests._memory import memory_of, memory_params
 from tests._tasks import of_threads
 from tests.kernel._faults import Task, fork, registered
@@ -624,7 +624,7 @@ def suite(tmp_path: Path) -> Callable[..., tuple[int, str]]:
             env={**clean, "PYTHONDONTWRITEBYTECODE": "1", **env},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=limit_s(60),
         )
         return done.returncode, done.stdout + done.stderr
 

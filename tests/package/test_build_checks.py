@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests._child import ROOT, crowd
+from tests._child import ROOT, limit_s
 
 pytestmark = pytest.mark.package
 
@@ -29,7 +29,7 @@ def build(egg_base: Path, change: str = "", **env: str) -> tuple[int, str]:
         env={**os.environ, **env},
         capture_output=True,
         text=True,
-        timeout=60 * crowd(),
+        timeout=limit_s(60),
     )
     return done.returncode, done.stderr
 

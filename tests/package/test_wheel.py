@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 
 import pyuffd
-from pyuffd.testing._run import SCALE
-from tests._child import ROOT, crowd
+from tests._child import ROOT, limit_s
 
 pytestmark = pytest.mark.package
 
@@ -46,7 +45,7 @@ def run(*command: str | Path, cwd: Path | None = None) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=120 * SCALE * crowd(),
+        timeout=limit_s(120),
     )
     assert done.returncode == 0, done.stdout
     return done.stdout

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pyuffd.testing._run import SCALE
+from tests._child import limit_s
 
 How = Literal["file", "-c", "stdin", "-m", "folder"]
 LIMIT_S = 30.0
@@ -61,7 +61,7 @@ def run_program(
         input=program if how == "stdin" else "",
         capture_output=True,
         text=True,
-        timeout=LIMIT_S * SCALE,
+        timeout=limit_s(LIMIT_S),
         check=False,
         **options,
     )

@@ -36,7 +36,7 @@ from pyuffd.snapshot._core_places import CoreLayout
 from pyuffd.snapshot._core_plan import read_filter
 from pyuffd.testing import needs_hugepages, needs_privilege
 from pyuffd.testing._run import SCALE
-from tests._child import run_child
+from tests._child import limit_s, run_child
 from tests.kernel._mounts import mounted
 from tests.process._attach import status, wait_until
 from tests.process._core import PAGE, Core, Target, pages
@@ -855,7 +855,7 @@ def command(*words: object, cwd: Path | None = None) -> subprocess.CompletedProc
         [sys.executable, "-m", "pyuffd", "core", *map(str, words)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=limit_s(120),
         cwd=cwd,
     )
 
@@ -921,7 +921,7 @@ def test_command_and_signals(
             while popen.poll() is None and not is_under_way(popen.pid, target.pid, method):
                 pass
             popen.send_signal(number)
-            popen.communicate(timeout=120)
+            popen.communicate(timeout=limit_s(120))
         if popen.returncode == expected:
             break
         (tmp_path / f"core.{target.pid}").unlink()
@@ -1013,7 +1013,7 @@ def test_a_signal_near_the_end(
         [sys.executable, "-c", LATE, place, str(int(signal.SIGTERM)), *words],
         capture_output=True,
         text=True,
-        timeout=60 * SCALE,
+        timeout=limit_s(60),
     )
     assert (result.returncode, result.stderr) == (status_, "")
     assert os.listdir(tmp_path) == ([] if status_ else ["it"])

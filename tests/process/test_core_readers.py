@@ -17,7 +17,7 @@ from pyuffd import Process, write_core
 from pyuffd.testing import needs_privilege
 from pyuffd.testing._need import Need
 from pyuffd.testing._needs import marked
-from pyuffd.testing._run import SCALE
+from tests._child import limit_s
 from tests._gil import needs_gil
 from tests.process._attach import status, wait_until
 from tests.process._core import Target
@@ -25,7 +25,7 @@ from tests.process.test_core import program as program
 from tests.process.test_track_process import needs_program
 
 pytestmark = needs_privilege("CAP_SYS_PTRACE", "CAP_SYS_ADMIN")
-LIMIT_S = 60 * SCALE
+LIMIT_S = 60
 THREADS = 4
 BIN = Path(sys.executable).parent
 
@@ -63,7 +63,11 @@ def needs_module(name: str) -> pytest.MarkDecorator:
 
 def run(*words: object) -> str:
     result = subprocess.run(
-        [*map(str, words)], capture_output=True, text=True, timeout=LIMIT_S, errors="replace"
+        [*map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=limit_s(LIMIT_S),
+        errors="replace",
     )
     assert result.returncode == 0, (words, result.stdout[-2000:], result.stderr[-2000:])
     return result.stdout

@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+from tests._child import limit_s
+
 pytest.importorskip("google.protobuf")
 
 from pyuffd import ClosedError, CriuError, Feature, Userfaultfd, _working_set_files
@@ -263,7 +265,7 @@ def test_the_command(tmp_path: Path) -> None:
         client.connect(f"/proc/{os.getpid()}/fd/{here}/lazy-pages.socket")
         os.close(here)
         assert client.ask("stamps") == stamps[0]
-        out, _ = program.communicate(timeout=60 * SCALE)
+        out, _ = program.communicate(timeout=limit_s(60))
     events = [json.loads(line) for line in out.splitlines()]
     assert events[0] == {"event": "listening", "socket": str(work / "lazy-pages.socket")}
     assert events[-1]["event"] == "restore"
@@ -279,7 +281,7 @@ def test_the_command_fails_with_the_restore(tmp_path: Path) -> None:
     program.stdout.readline()
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(str(tmp_path / "lazy-pages.socket"))
-    out, _ = program.communicate(timeout=60 * SCALE)
+    out, _ = program.communicate(timeout=limit_s(60))
     assert program.returncode == 1
     assert "restore 1 failed: criu restore has gone" in out
 
@@ -458,7 +460,7 @@ def test_remote_images_need_a_page_server(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is_remote"):
         LazyPages(Images(tmp_path, is_remote=True))
     program = command("-D", tmp_path, "--page-server")
-    _, err = program.communicate(timeout=60 * SCALE)
+    _, err = program.communicate(timeout=limit_s(60))
     assert (program.returncode, "--port" in err) == (2, True)
 
 

@@ -22,8 +22,7 @@ import pytest
 from pyuffd import Region
 from pyuffd.cli import _demo_program, _demo_restore, _demo_snapshot, _demo_work, demo, main
 from pyuffd.testing import MEMORY_TYPES, _huge_pages, needs_hugepages, needs_privilege
-from pyuffd.testing._run import SCALE
-from tests._child import ROOT, crowd, run_child
+from tests._child import ROOT, limit_s, run_child
 
 TIMEOUT_S = 60
 NOBODY = "65534"
@@ -44,7 +43,7 @@ def command(*arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.Complet
         [*prefix, sys.executable, "-m", "pyuffd", "demo", *arguments],
         capture_output=True,
         text=True,
-        timeout=TIMEOUT_S * crowd(),
+        timeout=limit_s(TIMEOUT_S),
         check=False,
     )
 
@@ -89,7 +88,7 @@ def test_every_memory_type_with_both_drivers_is_verified_in_time() -> None:
     assert sizes["Increment"] < sizes["Snapshot"] / 2
     assert max(map(len, done.stdout.splitlines())) <= 100
     assert "\x1b" not in done.stdout
-    assert seconds < 20 * SCALE * crowd()
+    assert seconds < limit_s(20)
 
 
 @needs_privilege("CAP_SYS_PTRACE")
@@ -201,7 +200,7 @@ def test_where_nothing_can_be_opened_it_says_what_doctor_says() -> None:
         [*refused, sys.executable, "-m", "pyuffd", "doctor", "--json"],
         capture_output=True,
         text=True,
-        timeout=TIMEOUT_S * crowd(),
+        timeout=limit_s(TIMEOUT_S),
         check=False,
     )
     ways = json.loads(report.stdout)["open"]
@@ -319,7 +318,7 @@ def start(*arguments: str, **how: Any) -> subprocess.Popen[str]:
 
 def children(pid: int) -> list[psutil.Process]:
     """Wait until a process has a child, and return its children."""
-    deadline = time.monotonic() + TIMEOUT_S
+    deadline = time.monotonic() + limit_s(TIMEOUT_S)
     while not (found := psutil.Process(pid).children()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -343,9 +342,9 @@ def test_nothing_stays_when_it_is_ended(
             while "anonymous" not in process.stdout.readline():
                 pass
         process.send_signal(number)
-        _, errors = process.communicate(timeout=TIMEOUT_S * crowd())
+        _, errors = process.communicate(timeout=limit_s(TIMEOUT_S))
     assert (process.returncode, errors) == (status, "")
-    assert psutil.wait_procs(left, timeout=TIMEOUT_S * crowd())[1] == []
+    assert psutil.wait_procs(left, timeout=limit_s(TIMEOUT_S))[1] == []
     assert list(tmp_path.iterdir()) == []
 
 
@@ -354,7 +353,7 @@ def test_child_that_dies_is_reported() -> None:
     with process:
         for child in children(process.pid):
             child.kill()
-        _, errors = process.communicate(timeout=TIMEOUT_S * crowd())
+        _, errors = process.communicate(timeout=limit_s(TIMEOUT_S))
     assert (process.returncode, errors) == (2, "pyuffd: the child process ended by signal 9\n")
 
 
@@ -366,7 +365,7 @@ def test_reader_of_the_output_is_gone() -> None:
         process.stdout.readline()
         process.stdout.close()
         errors = process.stderr.read()
-        process.wait(TIMEOUT_S)
+        process.wait(limit_s(TIMEOUT_S))
     assert (process.returncode, errors) == (141, "")
 
 

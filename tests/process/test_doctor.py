@@ -17,7 +17,7 @@ import pytest
 
 from pyuffd.cli import main
 from pyuffd.testing import needs_privilege
-from tests._child import ROOT, run_child
+from tests._child import ROOT, limit_s, run_child
 from tests.seccomp_deny import NR_USERFAULTFD, deny_call
 
 DEVICE = "/dev/userfaultfd"
@@ -197,7 +197,7 @@ def on_terminal(**environment: str) -> bytes:
             if not read:
                 break
             written += read
-        process.wait(TIMEOUT_S)
+        process.wait(limit_s(TIMEOUT_S))
         return written
     finally:
         os.close(leader)
@@ -218,7 +218,7 @@ def test_reader_of_the_output_is_gone() -> None:
             [sys.executable, "-m", "pyuffd", "doctor"],
             stdout=write_end,
             stderr=subprocess.PIPE,
-            timeout=TIMEOUT_S,
+            timeout=limit_s(TIMEOUT_S),
             check=False,
         )
     finally:

@@ -12,8 +12,7 @@ import pytest
 from pyuffd import Feature
 from pyuffd.testing import needs
 from pyuffd.testing._needs import needs_kernel_faults
-from pyuffd.testing._run import SCALE
-from tests._child import crowd
+from tests._child import limit_s
 from tests._memory import PAGE
 from tests.process._scripts import run_program
 
@@ -70,7 +69,7 @@ def test_the_program_ends(program: str, start: bool, tmp_path: object) -> None:
     with open(path, "w", encoding="utf-8") as file:
         file.write(MAKE + PROGRAMS[program].format(drivers=DRIVERS, start=start))
     ended = subprocess.run(
-        [sys.executable, path], stderr=subprocess.PIPE, text=True, timeout=30 * SCALE * crowd()
+        [sys.executable, path], stderr=subprocess.PIPE, text=True, timeout=limit_s(30)
     )
     assert ended.returncode == (program == "raised"), ended.stderr
 

@@ -34,8 +34,7 @@ from pyuffd.handlers._checks import Policy
 from pyuffd.handlers.process._remote import RemoteEngine
 from pyuffd.testing import FaultingChild, FaultingChildError, needs
 from pyuffd.testing._needs import needs_kernel_faults
-from pyuffd.testing._run import SCALE
-from tests._child import run_child
+from tests._child import limit_s, run_child
 from tests._memory import PAGE, memory_of, memory_params
 from tests.kernel._serving import in_fork
 
@@ -110,7 +109,7 @@ ENDS = {
 def test_a_waiting_thread_goes_on(with_gil: bool, on_error: Policy) -> None:
     code = f"from tests.process.test_killed_keeper import touch; touch({with_gil}, {on_error!r})"
     process = subprocess.run(
-        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, timeout=20 * SCALE
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, timeout=limit_s(20)
     )
     assert process.returncode == ENDS[with_gil, on_error]
     assert "has ended, perhaps killed" in process.stderr

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pyuffd.testing import _machine, needs_privilege
 from pyuffd.testing._run import wait_for_end
-from tests._child import ROOT
+from tests._child import ROOT, limit_s
 
 pytestmark = needs_privilege("CAP_SYS_ADMIN")
 
@@ -69,7 +69,7 @@ def assert_given_back(entry: _machine.Entry) -> None:
 def test_release() -> None:
     with controller() as (process, keeper):
         entry = taken(keeper)
-        process.communicate(timeout=END_S)
+        process.communicate(timeout=limit_s(END_S))
     assert process.returncode == 0
     assert_given_back(entry)
 
@@ -78,7 +78,7 @@ def test_controller_is_killed() -> None:
     with controller() as (process, keeper):
         entry = taken(keeper)
         process.kill()
-        assert wait_for_end(keeper, END_S)
+        assert wait_for_end(keeper, limit_s(END_S))
     assert_given_back(entry)
 
 
@@ -87,8 +87,8 @@ def test_keeper_is_killed_too() -> None:
         entry = taken(keeper)
         os.kill(keeper, signal.SIGKILL)
         process.kill()
-        assert wait_for_end(keeper, END_S)
+        assert wait_for_end(keeper, limit_s(END_S))
     assert held(keeper) == entry
     with controller() as (process, _):
-        process.communicate(timeout=END_S)
+        process.communicate(timeout=limit_s(END_S))
     assert_given_back(entry)

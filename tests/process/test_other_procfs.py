@@ -24,6 +24,7 @@ from pyuffd import (
     Userfaultfd,
 )
 from pyuffd.testing import needs, needs_privilege
+from tests._child import limit_s
 
 ROOT = Path(__file__).parents[2]
 PAGE = 4096
@@ -81,6 +82,6 @@ def test_in_a_namespace_with_the_proc_of_another(name: str) -> None:
             program = f"from {__name__} import *; elsewhere({name!r}, {victim.pid})"
             command = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-c", program]
             env = {**os.environ, "PYTHONPATH": str(ROOT)}
-            subprocess.run(command, env=env, check=True, timeout=60)
+            subprocess.run(command, env=env, check=True, timeout=limit_s(60))
         finally:
             victim.kill()

@@ -30,7 +30,7 @@ from pyuffd.dirty import _rows
 from pyuffd.testing import needs_hugepages
 from pyuffd.testing._needs import needs_privilege
 from pyuffd.testing._run import SCALE
-from tests._child import run_child
+from tests._child import limit_s, run_child
 
 PAGE = 4096
 # Maps memory of many kinds, fills it, prints the addresses, and runs commands.
@@ -94,7 +94,7 @@ class Target:
 
     def end(self) -> None:
         self.popen.kill()
-        self.popen.communicate(timeout=10 * SCALE)
+        self.popen.communicate(timeout=limit_s(10))
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from pyuffd.testing import needs_hugepages
 from pyuffd.testing._need import Need
 from pyuffd.testing._needs import marked
 from pyuffd.testing._run import SCALE
+from tests._child import limit_s
 from tests._memory import PAGE
 from tests.process._attach import status, wait_until
 from tests.process._tracking import METHODS, OF_OTHERS
@@ -235,7 +236,7 @@ def is_registered(pid: int) -> bool:
 @pytest.mark.parametrize("backend", ["anonymous", "memfd"])
 def test_the_example_that_tracks(backend: str) -> None:
     command = [sys.executable, str(EXAMPLES / "track.py"), backend]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60 * SCALE)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s(60))
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("the image is the guest's memory: True\n")
     assert ("cannot be seen: shared" in done.stdout) == (backend == "memfd")
@@ -252,7 +253,7 @@ RESTORED = [
 def test_a_guest_goes_on_in_another_qemu(mode: str) -> None:
     """It finds all pages as it had left them, and has its number still."""
     command = [sys.executable, str(EXAMPLES / "restore.py"), mode]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60 * SCALE)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s(60))
     assert (done.returncode, done.stderr) == (0, "")
     first, touched, last = done.stdout.splitlines()
     number = int(first.split()[1].rstrip(":"))

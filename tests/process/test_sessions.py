@@ -10,9 +10,8 @@ import pytest
 
 from pyuffd import Feature
 from pyuffd.testing import needs, needs_privilege
-from pyuffd.testing._run import SCALE
 from tests import _readme, _sessions
-from tests._child import crowd
+from tests._child import limit_s
 from tests._gil import needs_gil
 from tests.kernel.test_readme import is_line
 from tests.process._tracking import OF_OTHERS
@@ -60,7 +59,7 @@ def test_there_are_sessions() -> None:
 
 @pytest.mark.parametrize("session", SESSIONS)
 def test_session(session: _sessions.Session, tmp_path: Path) -> None:
-    done = _sessions.run(session.steps, tmp_path / "here", LIMIT_S * SCALE * crowd())
+    done = _sessions.run(session.steps, tmp_path / "here", limit_s(LIMIT_S))
     assert len(done) == len(session.steps), "the shell ended early"
     for step, result in zip(session.steps, done, strict=True):
         assert result.status == 0, f"$ {step.command}\n{result.text}"

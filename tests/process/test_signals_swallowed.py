@@ -11,9 +11,9 @@ from contextlib import nullcontext
 import pytest
 
 from pyuffd.cli._signals import Ended, ended_by
-from pyuffd.testing._run import SCALE
+from tests._child import limit_s
 
-LIMIT_S = 60 * SCALE
+LIMIT_S = 60
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # A command that swallows the signal, and runs until something else ends it.
@@ -103,7 +103,7 @@ def test_swallowed(number: signal.Signals, where: str, said: str) -> None:
         [sys.executable, "-c", COMMAND, str(int(number)), where],
         capture_output=True,
         text=True,
-        timeout=LIMIT_S,
+        timeout=limit_s(LIMIT_S),
     )
     assert (done.returncode, done.stderr) == (128 + number, said)
 
@@ -161,7 +161,7 @@ def test_programs(program: str, number: signal.Signals, more: list[str]) -> None
         [sys.executable, "-c", program, str(int(number)), *more],
         capture_output=True,
         text=True,
-        timeout=LIMIT_S,
+        timeout=limit_s(LIMIT_S),
     )
     assert (done.returncode, done.stderr) == (128 + number, "")
 
@@ -172,7 +172,7 @@ def test_ignored_signals_stay_ignored() -> None:
         [sys.executable, "-c", COMMAND, str(int(signal.SIGHUP)), "ignored"],
         capture_output=True,
         text=True,
-        timeout=LIMIT_S,
+        timeout=limit_s(LIMIT_S),
     )
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -42,7 +42,7 @@ from pyuffd.snapshot._capture import Method, Used
 from pyuffd.snapshot._files import NewDirectory
 from pyuffd.testing import needs_swap, swap_out
 from pyuffd.testing._run import SCALE
-from tests._child import crowd, run_child
+from tests._child import crowd, limit_s, run_child
 from tests._memory import PAGE
 from tests.kernel.test_userfaultfd_open import drop_capability
 from tests.process._attach import status
@@ -1182,7 +1182,7 @@ def test_a_signal_ends_the_command(
         popen.stdout.readline()
         wait_until(lambda: bool(list(tmp_path.glob(".one.*/pages"))))
         popen.send_signal(number)
-        popen.communicate(timeout=10 * SCALE)
+        popen.communicate(timeout=limit_s(10))
         assert popen.returncode == code
         assert os.listdir(tmp_path) == []
         unharmed(target)

@@ -13,6 +13,7 @@ import pytest
 
 from pyuffd import Process, Snapshot
 from pyuffd.testing._run import SCALE
+from tests._child import limit_s
 from tests.process._attach import status
 from tests.process._counters import compiled, counters
 from tests.process._tracking import OF_OTHERS
@@ -59,7 +60,7 @@ def test_disk(
             [sys.executable, "-m", "pyuffd", *words, "--no-sync"],
             capture_output=True,
             text=True,
-            timeout=30 * SCALE,
+            timeout=limit_s(30),
             env={
                 **os.environ,
                 "LD_PRELOAD": library,
@@ -96,7 +97,7 @@ def test_a_disk_that_is_too_slow(programs: tuple[str, str], tmp_path: Path) -> N
             ],
             capture_output=True,
             text=True,
-            timeout=60 * SCALE,
+            timeout=limit_s(60),
             env={**os.environ, "LD_PRELOAD": library, "DISK_US": str(int(1e6 * SCALE))},
         )
         target.works_on()
@@ -119,7 +120,7 @@ def test_a_disk_that_is_full_when_it_is_flattened(
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=30 * SCALE,
+            timeout=limit_s(30),
             env={
                 **os.environ,
                 "LD_PRELOAD": library,

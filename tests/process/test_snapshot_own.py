@@ -37,7 +37,7 @@ from pyuffd.snapshot._capture import Used
 from pyuffd.snapshot._restore_options import Mode
 from pyuffd.testing import MEMORY_TYPES
 from pyuffd.testing._run import SCALE
-from tests._child import run_child
+from tests._child import limit_s, run_child
 from tests._memory import PAGE
 from tests.process._tracking import METHODS, OF_OTHERS
 
@@ -389,7 +389,7 @@ def test_a_helper_of_a_process_that_has_ended() -> None:
             pass_fds=[theirs.fileno()],
             stderr=subprocess.PIPE,
             text=True,
-            timeout=60 * SCALE,
+            timeout=limit_s(60),
         )
     assert helper.stderr == ""
 

@@ -15,12 +15,12 @@ import pytest
 
 from pyuffd import Process
 from pyuffd.cli import main
-from pyuffd.testing._run import SCALE
+from tests._child import limit_s
 from tests.process._attach import wait_until
 from tests.process._tracking import OF_OTHERS
 
 pytestmark = OF_OTHERS
-LIMIT_S = 30 * SCALE
+LIMIT_S = 30
 WRITER = """
 import mmap, time
 memory = mmap.mmap(-1, 64 * 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -56,7 +56,9 @@ def runs_free(pid: int) -> None:
 def test_json_and_a_picture(writer: subprocess.Popen[bytes], tmp_path: Path) -> None:
     picture = tmp_path / "heat.png"
     words = command(writer.pid, "--json", "--interval", 0.2, "--seconds", 0.8, "--png", picture)
-    result = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT_S, check=True)
+    result = subprocess.run(
+        words, capture_output=True, text=True, timeout=limit_s(LIMIT_S), check=True
+    )
     rounds = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(rounds) == 4
     for number, line in enumerate(rounds, 1):
@@ -73,7 +75,9 @@ def test_json_and_a_picture(writer: subprocess.Popen[bytes], tmp_path: Path) -> 
 
 def test_plain_lines(writer: subprocess.Popen[bytes]) -> None:
     words = command(writer.pid, "--interval", 0.1, "--seconds", 0.2)
-    result = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT_S, check=True)
+    result = subprocess.run(
+        words, capture_output=True, text=True, timeout=limit_s(LIMIT_S), check=True
+    )
     lines = result.stdout.splitlines()
     assert lines[0].startswith(f"process {writer.pid}, wp-async: ")
     assert any(line.startswith("cannot be seen: special: ") for line in lines)
@@ -96,7 +100,7 @@ def test_a_table_on_a_terminal(writer: subprocess.Popen[bytes]) -> None:
             break
         text += more
     os.close(ours)
-    assert popen.wait(LIMIT_S) == 0
+    assert popen.wait(limit_s(LIMIT_S)) == 0
     assert b"cannot be seen" in text
     assert b"written MiB" in text
     assert b"anonymous" in text
@@ -115,7 +119,7 @@ def test_signals(writer: subprocess.Popen[bytes], number: int, status: int, tmp_
             assert json.loads(popen.stdout.readline())
         popen.send_signal(number)
         popen.stdout.read()
-        assert popen.wait(LIMIT_S) == status
+        assert popen.wait(limit_s(LIMIT_S)) == status
     assert (picture.stat().st_size > 0) == (number != signal.SIGKILL)
     runs_free(writer.pid)
 
@@ -129,7 +133,7 @@ def test_a_snapshot_that_a_lost_connection_ends(
         popen.stdout.readline()
         wait_until("it copies", lambda: any(f.stat().st_size for f in tmp_path.glob(".a.*/pages")))
         popen.send_signal(signal.SIGHUP)
-        assert popen.wait(LIMIT_S) == 129
+        assert popen.wait(limit_s(LIMIT_S)) == 129
     assert os.listdir(tmp_path) == []
     runs_free(writer.pid)
 
@@ -147,7 +151,7 @@ def test_a_closed_pipe(writer: subprocess.Popen[bytes]) -> None:
         assert popen.stderr is not None
         popen.stdout.readline()
         popen.stdout.close()
-        assert popen.wait(LIMIT_S) == 141
+        assert popen.wait(limit_s(LIMIT_S)) == 141
         assert popen.stderr.read() == b""
     runs_free(writer.pid)
 
@@ -163,7 +167,7 @@ def test_the_end_of_the_target() -> None:
             popen.stdout.readline()
             target.kill()
             popen.stdout.read()
-            assert popen.wait(LIMIT_S) == 0
+            assert popen.wait(limit_s(LIMIT_S)) == 0
             assert popen.stderr.read().decode() == f"pyuffd: process {target.pid} has ended\n"
 
 
@@ -180,7 +184,9 @@ def test_the_end_of_the_target() -> None:
     ],
 )
 def test_bad_arguments(words: list[str]) -> None:
-    result = subprocess.run(command(*words), capture_output=True, text=True, timeout=LIMIT_S)
+    result = subprocess.run(
+        command(*words), capture_output=True, text=True, timeout=limit_s(LIMIT_S)
+    )
     assert result.returncode == 2
     assert "usage:" in result.stderr
 
@@ -193,6 +199,8 @@ def test_itself(capsys: pytest.CaptureFixture[str]) -> None:
 def test_no_such_process() -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
-    result = subprocess.run(command(ended.pid), capture_output=True, text=True, timeout=LIMIT_S)
+    result = subprocess.run(
+        command(ended.pid), capture_output=True, text=True, timeout=limit_s(LIMIT_S)
+    )
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1

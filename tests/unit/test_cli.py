@@ -25,7 +25,7 @@ from pyuffd._probe import OpenSupport
 from pyuffd._refusals import explain_device, explain_syscall
 from pyuffd.cli import _cgroup, _report, doctor
 from pyuffd.cli import _report_types as keys
-from tests._child import ROOT
+from tests._child import ROOT, limit_s
 
 KEY = re.compile(r"^\| `([^`]+)` \|", re.MULTILINE)
 
@@ -113,7 +113,11 @@ def test_help_imports_no_command() -> None:
         "sys.exit(status)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", source], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", source],
+        capture_output=True,
+        text=True,
+        timeout=limit_s(60),
+        check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
     for name, (_, help_) in cli.COMMANDS.items():
@@ -127,7 +131,7 @@ def test_python_m(module: str) -> None:
         [sys.executable, "-m", module, "--version"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=limit_s(60),
         check=True,
     )
     assert done.stdout == f"pyuffd {pyuffd.__version__}\n"
@@ -146,7 +150,7 @@ def test_closed_stdout(argv: list[str]) -> None:
         ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-m", "pyuffd", *argv],
         stderr=subprocess.PIPE,
         text=True,
-        timeout=60,
+        timeout=limit_s(60),
         check=False,
     )
     assert done.returncode == 2
@@ -164,7 +168,7 @@ def test_closed_stdout_and_stderr() -> None:
         "pyuffd",
         "doctor",
     ]
-    assert subprocess.run(command_line, timeout=60, check=False).returncode == 2
+    assert subprocess.run(command_line, timeout=limit_s(60), check=False).returncode == 2
 
 
 def test_conformance_in_processes_names_the_extra(

@@ -8,7 +8,7 @@ import tomllib
 
 import pytest
 
-from tests._child import ROOT
+from tests._child import ROOT, limit_s
 
 # Ctrl-C, when a module is looked for.
 PROGRAM = """
@@ -38,7 +38,7 @@ def test_ctrl_c_while_it_imports(module: str, handler: str, status: int) -> None
     start, _, function = project["scripts"]["pyuffd"].partition(":")
     program = PROGRAM.format(looked_for=module, handler=handler, module=start, function=function)
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=limit_s(60)
     )
     assert done.returncode == status, done.stderr
     assert not done.stderr

@@ -19,6 +19,7 @@ import pyuffd.testing
 from pyuffd import UffdOSError
 from pyuffd._errors import raise_errno
 from tests import _readme
+from tests._child import limit_s
 
 DESCRIBED = re.compile(
     r"^\.\. (?:autoclass|autofunction|autodata|py:data):: ([\w.]+)", re.MULTILINE
@@ -107,7 +108,7 @@ def test_the_import_is_small() -> None:
         [sys.executable, "-S", "-c", f"import sys; sys.path[:] = {sys.path!r}; {program}"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=limit_s(60),
         check=False,
     )
     assert (done.stdout, done.stderr) == ("[]\n", "")

@@ -20,7 +20,7 @@ from pyuffd.testing._need import Need
 from pyuffd.testing._needs import marked
 from pyuffd.testing._run import ChildFailure, wait_for_end
 from pyuffd.testing._skips import lack_of
-from tests._child import ROOT, run_child
+from tests._child import ROOT, limit_s, run_child
 from tests._zygote import ends_by_itself
 
 # Longer than every budget used here, so that only the time limit ends it.
@@ -208,7 +208,7 @@ def run_suite(folder: Path, *args: str, **env: str) -> tuple[int, str]:
         env={**clean, "PYTHONPATH": str(ROOT), **env},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=limit_s(300),
     )
     return done.returncode, done.stdout
 

@@ -13,6 +13,7 @@ import pytest
 
 from pyuffd.conformance import Report
 from pyuffd.conformance.plugin import NOTHING_CHECKED, SUITE
+from tests._child import limit_s
 
 # Several processes start, one of which stalls; on a busy machine that needs a minute.
 LIMIT_S = 180
@@ -159,7 +160,7 @@ def run(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=LIMIT_S,
+        timeout=limit_s(LIMIT_S),
     )
     assert done.returncode == status, done.stdout
     return Report.read(folder / "r.json"), done.stdout
@@ -263,7 +264,7 @@ def test_installed_suite_is_what_the_command_runs() -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=LIMIT_S,
+        timeout=limit_s(LIMIT_S),
     )
     assert done.returncode == 0, done.stdout
     assert "1 passed, 0 failed" in done.stdout
@@ -274,7 +275,7 @@ def test_run_command_without_a_case_says_so() -> None:
         [sys.executable, "-m", "pyuffd", "conformance", "run", "-k", "no-such-case"],
         capture_output=True,
         text=True,
-        timeout=LIMIT_S,
+        timeout=limit_s(LIMIT_S),
     )
     assert done.returncode == 5
     assert "no case matches -k 'no-such-case'" in done.stderr
@@ -289,7 +290,7 @@ def test_report_in_a_folder_that_is_not_there_is_refused_first(tmp_path: Path) -
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=LIMIT_S,
+        timeout=limit_s(LIMIT_S),
     )
     assert done.returncode == 4
     assert "--uffd-report=none/r: there is no such folder" in done.stderr
