@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from pyuffd import Feature, Process, StopTimeoutError, UffdOSError, write_core
 from pyuffd import _remote_calls as calls
 from pyuffd.snapshot import _core
 from pyuffd.testing._run import SCALE
-from tests._child import crowd
 from tests.process._tracking import OF_OTHERS
 
 pytestmark = OF_OTHERS
 STALL_S = 0.05
+# So that nothing depends on how long it takes to read the mappings.
+LONG_S = 60.0
 # A thread waits uninterruptibly until the event is read, which SIGUSR1 makes the first one do.
 TARGET = """
 import mmap, signal, sys, threading
@@ -60,54 +62,59 @@ def waiting() -> Iterator[tuple[Process, int]]:
             popen.kill()
 
 
+@dataclass
+class Stop:
+    """One that was tried."""
+
+    limit_s: float
+    code: int
+    ns: int
+
+
 @pytest.fixture
-def stops(monkeypatch: pytest.MonkeyPatch) -> list[calls.StoppedThreads]:
-    """What was tried to be stopped."""
-    seen: list[calls.StoppedThreads] = []
-    stop = calls.StoppedThreads.stop
+def stops(monkeypatch: pytest.MonkeyPatch) -> list[Stop]:
+    """What was tried to be stopped; a thread is waited for, and slept after that, for STALL_S."""
+    seen: list[Stop] = []
+    stop, sleep = calls.StoppedThreads.stop, time.sleep
 
-    def noted(self: calls.StoppedThreads, *args: Any) -> None:
-        stop(self, *args)
-        seen.append(self)
+    def noted(self: calls.StoppedThreads, pids: list[int], limit_ns: int, asleep_ns: int) -> None:
+        stop(self, pids, limit_ns, min(asleep_ns, int(STALL_S * 1e9)))
+        seen.append(Stop(asleep_ns / 1e9, self.code, self.ns))
 
+    monkeypatch.setattr(_core, "STOP_LIMIT_S", 2 * LONG_S)
     monkeypatch.setattr(calls.StoppedThreads, "stop", noted)
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, STALL_S)))
     return seen
 
 
 @pytest.mark.parametrize("method", ["precopy", "cow", "stopped"])
-def test_others_are_let_go_in_time(
-    method: Any, stops: list[calls.StoppedThreads], tmp_path: Path
-) -> None:
+def test_others_are_let_go_in_time(method: Any, stops: list[Stop], tmp_path: Path) -> None:
     with waiting() as (process, tid):
         with pytest.raises(StopTimeoutError, match=r"state D .*userfault") as caught:
-            write_core(process, tmp_path / "core", method=method, max_stall_s=STALL_S)
+            write_core(process, tmp_path / "core", method=method, max_stall_s=LONG_S)
         assert caught.value.tid == tid
         assert {thread.state for thread in process.threads()} <= {"S", "R", "D"}
     assert len(stops) == 1 if method == "stopped" else len(stops) > 1
-    assert max(each.ns for each in stops) < _core.STOP_LIMIT_S * 1e9 / 2
+    assert {each.limit_s for each in stops} == {LONG_S}
+    assert max(each.ns for each in stops) < LONG_S * 1e9 / 2
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("method", ["precopy", "cow"])
 def test_it_is_tried_again(
-    method: Any,
-    stops: list[calls.StoppedThreads],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    method: Any, stops: list[Stop], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once the thread is through, there is a core."""
-    stop = calls.StoppedThreads.stop
+    noted = calls.StoppedThreads.stop
     with waiting() as (process, _):
 
         def released(self: calls.StoppedThreads, *args: Any) -> None:
-            stop(self, *args)
+            noted(self, *args)
             if self.code:
                 os.kill(process.pid, signal.SIGUSR1)
 
         monkeypatch.setattr(calls.StoppedThreads, "stop", released)
-        # On a busy machine it takes longer to read the mappings in the stop.
-        limit_s = min(STALL_S * SCALE * crowd(), 1.0)
-        core = write_core(process, tmp_path / "core", method=method, max_stall_s=limit_s)
+        core = write_core(process, tmp_path / "core", method=method, max_stall_s=LONG_S)
         assert core.method == method
         assert core.threads >= 1
     assert [bool(each.code) for each in stops][:1] == [True]
