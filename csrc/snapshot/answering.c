@@ -58,11 +58,10 @@ static void resolve_fault(struct uffd_saver *saver, uint64_t address)
 	if (is_ended(saver))
 		return;
 	/*
-	 * While the layout changes the pages stay protected, and a woken thread faults
-	 * again.
+	 * An error wakes nobody: the layout is changing, or other memory is there by now, which is not
+	 * registered.  A woken thread faults again if it still has to.
 	 */
-	if (!pages ||
-	    uffd_shim_writeprotect(saver->options.uffd, at, pages * BASE_PAGE, 0) == -EAGAIN)
+	if (!pages || uffd_shim_writeprotect(saver->options.uffd, at, pages * BASE_PAGE, 0))
 		uffd_shim_wake(saver->options.uffd, at, (pages ? pages : 1) * BASE_PAGE);
 }
 
@@ -102,6 +101,10 @@ static void answer_one(struct uffd_saver *saver, const struct uffd_msg *message,
 	bool is_fault = message->event == UFFD_EVENT_PAGEFAULT;
 	uint64_t waited;
 
+	/*
+	 * Nobody waits for an answer then: whoever waited at the end was woken, and memory that is not
+	 * registered any more has no new faults.
+	 */
 	if (is_ended(saver))
 		return;
 	if (is_fault)

@@ -19,17 +19,19 @@ import psutil
 import pytest
 
 from pyuffd.testing._run import SCALE
+from tests.process._attach import status, wait_until
 from tests.process._tracking import OF_OTHERS
 
 pytestmark = OF_OTHERS
 PAGES = 512  # more than the sweep saves in its first step
 LIMIT_S = 0.2 * SCALE
+LONG_S = 60 * SCALE
 # What a target that is let go waits at most: for the limit, and for its CPU.
 WAIT_S = LIMIT_S + 5 * SCALE
 
 # Maps something over pages of an area, and writes all pages that are left.
 TARGET = """
-import ctypes, mmap, os, sys, tempfile
+import ctypes, mmap, os, sys, tempfile, threading
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
 pages, PAGE, FIXED = int(sys.argv[1]), 4096, 0x10
@@ -71,6 +73,16 @@ for line in sys.stdin:
         for _ in range(int(line.split()[1])):
             check(libc.mremap(ctypes.c_void_p(here), page, page, 3, ctypes.c_void_p(there)))
             here, there = there, here
+    elif line == "race\\n":
+        at_pages = [*range(pages - 20, 100, -17), pages - 2]
+        writers = [threading.Thread(target=ctypes.memset, args=(at + page * PAGE, 2, 1))
+                   for page in at_pages]
+        for writer in writers:
+            writer.start()
+        print(writer.native_id, flush=True)
+        over(sys.stdin.readline().strip(), pages - 4, pages)
+        for writer in writers:
+            writer.join()
     elif line == "write\\n":
         for page in sorted(left):
             ctypes.memset(at + page * PAGE, 2, 1)
@@ -147,6 +159,8 @@ MAPPED = [
     "hole",
     "moved",
 ]
+# Who writes there meanwhile gets a SIGSEGV; without a change nobody waits.
+UNREADABLE = ("nothing", "hole", "moved")
 
 
 @pytest.mark.parametrize("ends", ["guard", "close"])
@@ -172,6 +186,29 @@ def test_writers_are_let_go(what: str, ends: str, tmp_path: Path) -> None:
                 tell(taker, "go on")
                 assert answer(taker, 20 * SCALE) == "stalled"
     assert list(tmp_path.iterdir()) == []
+
+
+def waits_in(tid: int) -> str:
+    """The number of the system call in which a thread waits; "-1": in a page fault."""
+    return Path(f"/proc/{tid}/syscall").read_text().split()[0]
+
+
+@pytest.mark.parametrize("what", [what for what in MAPPED if what not in UNREADABLE])
+def test_a_writer_whose_page_is_mapped_over(what: str, tmp_path: Path) -> None:
+    """It goes on with the snapshot, although the page that it waits for is not protected now."""
+    with running(TARGET, PAGES) as target:
+        start = answer(target, 10 * SCALE)
+        with running(TAKER, target.pid, start, PAGES * 4096, tmp_path / "image", LONG_S) as taker:
+            assert answer(taker, 20 * SCALE) == "resumed"
+            taker.send_signal(signal.SIGSTOP)
+            wait_until("it is stopped", lambda: status(taker.pid)["State"][0] == "T")
+            tell(target, "race")
+            writer = int(answer(target, 10 * SCALE))
+            wait_until("it waits for its page", lambda: waits_in(writer) == "-1")
+            tell(target, what)
+            wait_until("it waits", lambda: status(target.pid)["State"][0] == "D")
+            taker.send_signal(signal.SIGCONT)
+            assert answer(target, 10 * SCALE) == "done"
 
 
 def test_a_target_that_moves_its_memory_all_the_time(tmp_path: Path) -> None:
