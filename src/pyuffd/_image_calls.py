@@ -5,7 +5,9 @@ Everything is packed and in ascending order. Every call releases the GIL.
 
 from __future__ import annotations
 
+import errno
 import struct
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,6 +23,48 @@ if TYPE_CHECKING:
 
 _OWN, _ALL = int(lib.UFFD_IMAGE_OWN), int(lib.UFFD_IMAGE_ALL)
 _PIECE = struct.Struct("=3Q")
+
+
+_OPS = {
+    int(lib.UFFD_REPLACE_REGISTER): "UFFDIO_REGISTER",
+    int(lib.UFFD_REPLACE_LOOK): "PAGEMAP_SCAN",
+    int(lib.UFFD_REPLACE_MAP): "mmap",
+}
+
+
+def replace_untouched(
+    uffd: int,
+    pagemap_fd: int,
+    spans: Sequence[tuple[int, int]],
+    mapped: Iterable[tuple[int, int, int, int]],
+) -> int | None:
+    """Map files in the place of memory, private; return None, or where it has pages.
+
+    Who touches it meanwhile waits until all is mapped. It is not changed if it has pages.
+
+    Args:
+        uffd: A userfaultfd after UFFDIO_API, with nothing registered; -1 if none can be opened:
+            what others write meanwhile may be lost.
+        pagemap_fd: /proc/self/pagemap; -1 if that cannot be read.
+        spans: The memory, (start, length) each.
+        mapped: (start, length, offset, descriptor) each, in the order of the spans.
+    """
+    packed = array("Q", [number for span in spans for number in span])
+    rows = array("Q", [number for row in mapped for number in row])
+    step, at = ffi.new("uint32_t *"), ffi.new("uint64_t *")
+    with (
+        ffi.from_buffer("uint64_t[]", packed) as memory,
+        ffi.from_buffer("struct uffd_replacement[]", rows) as vec,
+    ):
+        code = lib.uffd_replace_untouched(
+            uffd, pagemap_fd, memory, len(spans), vec, len(rows) // 4, step, at
+        )
+    if code == -errno.EEXIST and step[0] == lib.UFFD_REPLACE_LOOK:
+        return int(at[0])
+    if code:
+        length = dict(spans).get(int(at[0])) if step[0] != lib.UFFD_REPLACE_MAP else None
+        raise_errno(_OPS[step[0]], -code, int(at[0]), length)
+    return None
 
 
 class Pieces:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable
+from contextlib import suppress
 
 from pyuffd import _refusals, lowlevel
-from pyuffd._abi import USER_MODE_ONLY, Feature, Ioctl, RegisterMode
-from pyuffd._errors import UffdOSError, limit_met, raise_errno
+from pyuffd._abi import USER_MODE_ONLY, Feature, Ioctl
+from pyuffd._errors import (
+    UffdOSError,
+    UffdPermissionError,
+    UnsupportedFeatureError,
+    limit_met,
+    raise_errno,
+)
 from pyuffd._machine import raise_without_procfs
 from pyuffd._owned import Descriptor
 
@@ -40,16 +46,17 @@ def open_uffd(flags: int) -> Descriptor:
     raise_errno("userfaultfd", by_syscall, hint=hint)
 
 
-def register_for_a_moment(spans: Iterable[tuple[int, int]]) -> None:
-    """Register and unregister ranges (start, length); RangeBusyError: another userfaultfd has one.
+def open_waiting() -> Descriptor | None:
+    """Open a userfaultfd without features, to let threads wait for a moment; None if refused.
 
-    A userfaultfd that cannot be opened raises what `open_uffd` does.
+    Where it may be for user mode only, the system calls of those threads fail with EFAULT.
     """
-    with open_uffd(os.O_CLOEXEC | USER_MODE_ONLY) as descriptor:
-        uffd = descriptor.number
-        lowlevel.api(uffd, 0)
-        for start, length in spans:
-            lowlevel.try_register(uffd, start, length, RegisterMode.MISSING)
+    for flags in (os.O_CLOEXEC, os.O_CLOEXEC | USER_MODE_ONLY):
+        with suppress(UffdPermissionError, UnsupportedFeatureError):
+            descriptor = open_uffd(flags)
+            lowlevel.api(descriptor.number, 0)
+            return descriptor
+    return None
 
 
 def _would_with_privilege(flags: int) -> bool:

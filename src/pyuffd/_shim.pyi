@@ -431,6 +431,21 @@ class _Lib:
     def uffd_image_differ(
         self, a: CData, b: CData, length: int, start: int, ranges_ret: CData, /
     ) -> int: ...
+    UFFD_REPLACE_REGISTER: int
+    UFFD_REPLACE_LOOK: int
+    UFFD_REPLACE_MAP: int
+    def uffd_replace_untouched(
+        self,
+        uffd: int,
+        pagemap_fd: int,
+        spans: CData,
+        count: int,
+        vec: CData,
+        vec_count: int,
+        step_ret: CData,
+        at_ret: CData,
+        /,
+    ) -> int: ...
     UFFD_OWED_NOT: int
     UFFD_OWED_YES: int
     UFFD_OWED_TAKEN: int

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from pyuffd.snapshot._content import PIECE
 from pyuffd.testing import needs
 from pyuffd.testing._run import SCALE
 from tests._child import run_child
-from tests._images import START, data, write
+from tests._images import START, data, write, zero
 from tests._memory import PAGE
 
 pytestmark = needs(Feature.MINOR_SHMEM | Feature.EVENT_REMOVE | Feature.POISON)
 PIECES, LEFT = 8, 6
+RUNS, LONGEST_S = 1500, 0.02  # as many mappings, and how long it takes to make them
 PAGES = PIECES * PIECE // PAGE
 # (mode, verify, what happens to the image)
 CASES = [
@@ -91,3 +93,48 @@ def changed(mode: Any, verify: Any, how: str) -> None:
 @pytest.mark.parametrize(("mode", "verify", "how"), CASES)
 def test_an_image_that_changes(mode: str, verify: str, how: str) -> None:
     run_child(changed, mode, verify, how, budget_s=30)
+
+
+def touched_meanwhile(mode: Any, by_view: bool) -> None:
+    """What a thread writes while the call maps is in the memory, or the call raises."""
+    pages, page, tries = 2 * RUNS, 2 * RUNS - 2, 40
+    parts = [part for number in range(RUNS) for part in (data(1, number), zero(1))]
+    kept = 0
+    with tempfile.TemporaryDirectory() as path:
+        folder = write(Path(path) / "one", [(START, parts)])
+        for number in range(tries):
+            with Snapshot.open(folder) as snapshot, Region.anonymous(pages * PAGE) as region:
+                begun = threading.Event()
+
+                def touch(
+                    region: Region = region, begun: threading.Event = begun, wait: int = number
+                ) -> None:
+                    begun.wait()
+                    time.sleep(wait * LONGEST_S / tries)
+                    if by_view:
+                        with region.memoryview() as view:
+                            view[page * PAGE] = 0xEE  # holds the GIL while it waits
+                    else:
+                        region.write(page * PAGE, b"\xee")
+
+                thread = threading.Thread(target=touch)
+                thread.start()
+                begun.set()
+                try:
+                    with snapshot.restore({START: region}, mode=mode) as restore:
+                        thread.join()
+                        assert restore.wait(30)
+                        want = b"\xee" + snapshot.read(START + page * PAGE + 1, PAGE - 1)
+                        assert region.read(page * PAGE, PAGE) == want
+                        kept += 1
+                except ValueError as error:
+                    if "already" not in str(error):
+                        raise
+                thread.join()
+    assert kept
+
+
+@pytest.mark.parametrize("by_view", [False, True], ids=["write", "view"])
+@pytest.mark.parametrize("mode", ["map", "minor"])
+def test_memory_that_is_written_while_it_is_mapped(mode: str, by_view: bool) -> None:
+    run_child(touched_meanwhile, mode, by_view, budget_s=60)

@@ -36,7 +36,7 @@ FLOORS = [
     },
     {"dirty/arm", "remote/inject", "remote/registers", "snapshot/image"},
     {"snapshot/ring", "snapshot/guard", "snapshot/owed", "snapshot/pages", "remote/device"},
-    {"snapshot/chain", "snapshot/hot"},
+    {"snapshot/chain", "snapshot/hot", "snapshot/replace"},
     {"snapshot/saving"},
     {"snapshot/sweeping"},
     {"snapshot/answering"},

@@ -32,7 +32,6 @@ from pyuffd.snapshot._restore_compare import Comparing
 from pyuffd.snapshot._restore_options import Options, UsedMode
 from pyuffd.snapshot._restore_plan import (
     check_empty,
-    check_not_registered,
     check_not_restored,
     choose,
 )
@@ -147,8 +146,6 @@ class Restore(Closing):
             check_not_restored(placed)
             self.method, self.why = choose(placed, files, options)
             check_empty(placed)
-            if self.method != "copy":
-                check_not_registered(placed)
             if self.method == "map":
                 maps.map_all(placed, files)
                 if options.verify == "drain":

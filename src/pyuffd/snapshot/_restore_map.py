@@ -9,7 +9,8 @@ import os
 from collections.abc import Iterator, Sequence
 
 from pyuffd import _memory
-from pyuffd._errors import UffdOSError
+from pyuffd._image_calls import replace_untouched
+from pyuffd._opening import open_waiting
 from pyuffd._owned import MappedMemory
 from pyuffd._pages import PAGE_SIZE
 from pyuffd._residency import PageResidency, cached_states
@@ -152,27 +153,40 @@ def _cold(placed: Sequence[Placed], files: Files) -> tuple[int, int]:
 
 def map_all(placed: Sequence[Placed], files: Files) -> None:
     """Map the image over the regions; if that fails, they are empty again."""
-    begun: list[Placed] = []
-    try:
-        for each in placed:
-            begun.append(each)
-            for mapped in mappings_of(each, files):
-                _map(each.region.start + mapped.start, mapped)
-    except BaseException:
-        for each in begun:
-            with contextlib.suppress(UffdOSError):
-                clear(each.region.start, each.region.length)
-        raise
+    mapped = [
+        Mapped(start + each.start, start + each.end, each.fd, each.offset)
+        for start, found in ((one.region.start, mappings_of(one, files)) for one in placed)
+        for each in found
+    ]
+    replace(placed, mapped)
 
 
-def _map(address: int, mapped: Mapped) -> None:
-    _memory.mmap(
-        mapped.end - mapped.start,
-        READ_WRITE,
-        mmap.MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE,
-        mapped.fd,
-        mapped.offset,
-        address,
+def replace(placed: Sequence[Placed], mapped: Sequence[Mapped]) -> None:
+    """Map files over regions that nobody has touched; the addresses are those of the memory."""
+    from pyuffd.handlers._present import open_pagemap
+
+    spans = [(each.region.start, each.region.length) for each in placed]
+    rows = [(each.start, each.end - each.start, each.offset, each.fd) for each in mapped]
+    with contextlib.ExitStack() as opened:
+        pagemap, uffd = open_pagemap(), open_waiting()
+        if pagemap is not None:
+            opened.enter_context(pagemap)
+        if uffd is not None:
+            opened.enter_context(uffd)
+        touched = replace_untouched(
+            -1 if uffd is None else uffd.number,
+            -1 if pagemap is None else pagemap.fileno(),
+            spans,
+            rows,
+        )
+    if touched is not None:
+        raise ValueError(has_pages(touched))
+
+
+def has_pages(start: int) -> str:
+    return (
+        f"the region at {start:#x} has pages already, which would be lost:"
+        " restore into memory that was never touched"
     )
 
 

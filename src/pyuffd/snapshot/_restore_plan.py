@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from itertools import pairwise
 
 from pyuffd._arguments import check_int, shown
-from pyuffd._errors import UffdPermissionError, UnsupportedFeatureError
-from pyuffd._opening import register_for_a_moment
 from pyuffd._pages import ADDRESS_LIMIT, PAGE_SIZE, RangeLike, check_region
 from pyuffd.regions import Region
 from pyuffd.snapshot import _restore_map as maps
@@ -73,17 +70,7 @@ def check_empty(placed: Sequence[Placed]) -> None:
 
     touched = first_touched([each.region for each in placed])
     if touched is not None:
-        raise ValueError(
-            f"the region at {touched.start:#x} has pages already, which would be lost:"
-            " restore into memory that was never touched"
-        )
-
-
-def check_not_registered(placed: Sequence[Placed]) -> None:
-    """Raise RangeBusyError for memory that a handler or a tracker has: a new mapping ends that."""
-    spans = [(each.region.start, each.region.length) for each in placed]
-    with suppress(UffdPermissionError, UnsupportedFeatureError):
-        register_for_a_moment(spans)
+        raise ValueError(maps.has_pages(touched.start))
 
 
 def choose(placed: Sequence[Placed], files: Files, options: Options) -> tuple[UsedMode, str]:

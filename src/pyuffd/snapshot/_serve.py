@@ -103,11 +103,16 @@ class Serving:
         self._image = placed[0].images[0]
         with ExitStack() as made:
             if shares is not None:
+                mapped: list[maps.Mapped] = []
                 for each in placed:
                     share = self._shares[id(each)] = shares.of(each)
-                    made.callback(maps.clear, each.region.start, each.region.length)
-                    self._mappings[id(each)] = share.map_over(each.region)
+                    mapped.append(share.use(each.region))
                     made.callback(share.give_back)
+                maps.replace(placed, mapped)
+                for each in placed:
+                    start, length = each.region.start, each.region.length
+                    made.callback(maps.clear, start, length)
+                    self._mappings[id(each)] = PrivateMapping(start, length)
             # Nothing is written to a memfd that is complete: who maps it has everything.
             self._filled_before = {id(each) for each in placed if self._is_whole(each)}
             left = [each for each in placed if id(each) not in self._filled_before]

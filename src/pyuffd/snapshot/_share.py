@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import fcntl
-import mmap
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from pyuffd import _memory
 from pyuffd._latch import RLock
 from pyuffd._owned import Descriptor
 from pyuffd._pages import PAGE_SIZE, RangeLike
 from pyuffd.regions import Region, RegionKind
 from pyuffd.snapshot._content import Placed
-from pyuffd.snapshot._restore_map import MAP_FIXED, MAP_NORESERVE, READ_WRITE
+from pyuffd.snapshot._restore_map import Mapped
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -43,19 +41,13 @@ class Share:
         self._lock = RLock()
         self._forgotten = False
 
-    def map_over(self, region: RangeLike) -> PrivateMapping:
-        """Map it where a region is, copy-on-write; return what to serve in place of the region."""
+    def use(self, region: RangeLike) -> Mapped:
+        """Note that a restore uses it; return what to map where a region is."""
         with self._lock:
             self._users += 1
             fd = self.region.fd if self._sealed is None else self._sealed.number
         assert fd is not None
-        flags = mmap.MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE
-        try:
-            _memory.mmap(region.length, READ_WRITE, flags, fd, 0, region.start)
-        except BaseException:
-            self.give_back()
-            raise
-        return PrivateMapping(region.start, region.length)
+        return Mapped(region.start, region.start + region.length, fd, 0)
 
     def complete(self) -> None:
         """Note that everything is in it."""

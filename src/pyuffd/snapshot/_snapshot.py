@@ -342,7 +342,9 @@ class Snapshot(Opened):
                 are as long as the memory is used. Both replace the mapping of the region, which
                 must be private anonymous memory of this process with small pages; the new one is
                 readable and writable, and a page that is dropped (MADV_DONTNEED) has the snapshot's
-                content again. This object keeps the memfd of each part that was restored by
+                content again. A thread that touches the region before this returns waits until the
+                new mapping is there; where no userfaultfd can be opened, what it writes then may be
+                lost. This object keeps the memfd of each part that was restored by
                 "minor", until it is closed. "auto" is
                 "map" where that is possible and the faster way (a local file system, the image in
                 the page cache), otherwise "copy"; `Restore.why` tells.
