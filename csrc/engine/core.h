@@ -144,7 +144,7 @@ struct uffd_engine {
 	struct uffd_table *table;	/* shared by all spaces; NULL: each has its own */
 	struct uffd_space *primary;
 	_Atomic uint32_t space_count;
-	uint32_t next_space;
+	_Atomic uint32_t next_space;	/* higher than every number; set under the lock */
 	uint32_t reap_position;
 	_Atomic uint32_t doomed_spaces;
 	uint64_t last_reap_ns;

@@ -121,7 +121,7 @@ static bool next_range(struct uffd_engine *engine, uint32_t number, bool last, u
 /* Take out all ranges of one kind; returns whether there were any. */
 static bool take_out_all(struct uffd_engine *engine, bool last, struct patience *patience)
 {
-	uint32_t spaces = engine->next_space;
+	uint32_t spaces = atomic_load(&engine->next_space);
 	struct target target;
 	bool found = false;
 
@@ -139,7 +139,7 @@ static bool take_out_all(struct uffd_engine *engine, bool last, struct patience 
 /* Read pending events: a thread that waits for one would wait until the descriptor is closed. */
 static void settle(struct uffd_engine *engine, struct patience *patience)
 {
-	uint32_t spaces = engine->next_space;
+	uint32_t spaces = atomic_load(&engine->next_space);
 
 	for (uint32_t number = 0; number < spaces; number++) {
 		struct uffd_space *space = space_get(engine, number);

@@ -137,7 +137,7 @@ void wake_left(const struct uffd_range *range, uint64_t at, uint64_t end)
 
 void settle_all_vacated(struct uffd_engine *engine)
 {
-	uint32_t spaces = engine->next_space;
+	uint32_t spaces = atomic_load(&engine->next_space);
 
 	for (uint32_t number = 0; number < spaces && atomic_load(&engine->vacated); number++) {
 		struct uffd_space *space = space_get(engine, number);

@@ -45,6 +45,7 @@ int space_create(struct uffd_engine *engine, int fd, bool owned, uint32_t layout
 		 int32_t owner_pid, uint32_t number, struct uffd_space **ret)
 {
 	struct uffd_space *space = uffd_alloc(sizeof(*space));
+	uint32_t next;
 	int r;
 
 	*ret = NULL;
@@ -67,10 +68,11 @@ int space_create(struct uffd_engine *engine, int fd, bool owned, uint32_t layout
 	atomic_store(&space->references, 1);
 
 	pthread_mutex_lock(&engine->spaces_lock);
-	space->number = number == NEXT_NUMBER ? engine->next_space : number;
+	next = atomic_load(&engine->next_space);
+	space->number = number == NEXT_NUMBER ? next : number;
 	/* Another engine's spaces come in any order: number new ones from the highest. */
-	if (engine->next_space <= space->number)
-		engine->next_space = space->number + 1;
+	if (next <= space->number)
+		atomic_store(&engine->next_space, space->number + 1);
 	LIST_INSERT_HEAD(&engine->spaces, space, link);
 	atomic_fetch_add(&engine->space_count, 1);
 	pthread_mutex_unlock(&engine->spaces_lock);

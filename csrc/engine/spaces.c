@@ -105,12 +105,9 @@ static bool has_read_faults(int fd)
 
 static void wake_spaces(struct uffd_engine *engine, bool all)
 {
+	uint32_t last = atomic_load(&engine->next_space);
 	struct uffd_space *space;
-	uint32_t last;
 
-	pthread_mutex_lock(&engine->spaces_lock);
-	last = engine->next_space;
-	pthread_mutex_unlock(&engine->spaces_lock);
 	/* Not under the lock: a thread that has closed the gate may wait for it. */
 	for (uint32_t number = 0; number < last; number++) {
 		space = space_get(engine, number);

@@ -230,7 +230,7 @@ static void settle_moves_in(struct uffd_space *space, struct patience *patience)
 
 void settle_moves(struct uffd_engine *engine, struct patience *patience)
 {
-	uint32_t spaces = engine->next_space;
+	uint32_t spaces = atomic_load(&engine->next_space);
 
 	for (uint32_t number = 0; number < spaces && atomic_load(&engine->vacated); number++) {
 		struct uffd_space *space = space_get(engine, number);
