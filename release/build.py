@@ -12,6 +12,7 @@ its own tag, because it has no stable ABI.
 from __future__ import annotations
 
 import argparse
+import functools
 import gzip
 import hashlib
 import io
@@ -78,7 +79,9 @@ def build(folder: Path, free_threaded: str | None = None) -> list[Path]:
     }
     source = folder / "source"
     source.mkdir(parents=True)
-    archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, check=True, capture_output=True)
+    archive = subprocess.run(
+        ["git", "archive", commit()], cwd=ROOT, check=True, capture_output=True
+    )
     with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tree:
         tree.extractall(source, filter="data")
     # The build tools are those of this environment, the same for both builds.
@@ -124,11 +127,19 @@ def normalize(sdist: Path) -> None:
         out.write(packed.getvalue())
 
 
+@functools.cache
+def commit() -> str:
+    """Return the commit that is built: both builds use it, even if HEAD moves between them."""
+    command = ["git", "rev-parse", "HEAD"]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
 def epoch() -> int:
     """Return the time that every file gets."""
     if given := os.environ.get("SOURCE_DATE_EPOCH"):
         return int(given)
-    command = ["git", "log", "-1", "--format=%ct"]
+    command = ["git", "log", "-1", "--format=%ct", commit()]
     return int(subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout)
 
 
