@@ -10,7 +10,11 @@
 #include "snapshot/pages.h"
 #include "uffd_shim.h"
 
-#define BATCH 64u /* messages */
+/*
+ * Of the faults that are read together: the kernel looks at all waiting threads for each of these
+ * calls, and each thread waits for all faults before the next one.
+ */
+#define MOST_WAKES 16u
 #define IDLE_MS 20
 #define BUSY_MS 5 /* looks at the guard and the disk */
 #define LATE_MS 1 /* at a limit of the rate */
@@ -45,24 +49,59 @@ static void note(struct uffd_saver *saver, uint64_t start, uint64_t finish, uint
 		end(saver, -ENOMEM);
 }
 
-static void resolve_fault(struct uffd_saver *saver, uint64_t address)
+/* Save a page before its first write, or note it; returns the pages that may be written now. */
+static uint64_t let_through(struct uffd_saver *saver, uint64_t *address)
 {
-	uint64_t at = address / BASE_PAGE * BASE_PAGE, pages = 1;
+	if (saver->saves)
+		return uffd_saving_around(&saver->saving, address);
+	saver->stats.before++;
+	note(saver, *address, *address + BASE_PAGE, 0);
+	return 1;
+}
 
-	if (saver->saves) {
-		pages = uffd_saving_around(&saver->saving, &at);
-	} else {
-		saver->stats.before++;
-		note(saver, at, at + BASE_PAGE, 0);
+static void note_waited(struct uffd_saver *saver)
+{
+	uint64_t waited = uffd_now_ns() - saver->saving.since_ns;
+
+	saver->stats.wakes++;
+	if (saver->saves && waited > saver->stats.longest_ns)
+		saver->stats.longest_ns = waited;
+}
+
+static void resolve_faults(struct uffd_saver *saver)
+{
+	const uint64_t *faults = saver->unread.faults, count = saver->unread.faults_count;
+	uint64_t each = (count + MOST_WAKES - 1) / MOST_WAKES; /* faults for a call that wakes */
+	uint64_t mode = each > 1 ? UFFDIO_WRITEPROTECT_MODE_DONTWAKE : 0;
+	uint64_t start = 0, end = 0, lifted = 0;
+	bool sleeps = false;
+
+	for (uint64_t i = 0; i < count; i++) {
+		if (faults[i] >= lifted) { /* else saved with one before it */
+			uint64_t at = faults[i], pages = let_through(saver, &at);
+
+			if (is_ended(saver))
+				return;
+			start = end ? start : at;
+			end = at + (pages ? pages : 1) * BASE_PAGE;
+			/*
+			 * An error wakes nobody: the layout is changing, or other memory is there by
+			 * now, which is not registered.  A woken thread faults again if it has to.
+			 */
+			if (!pages || uffd_shim_writeprotect(saver->options.uffd, at,
+							     pages * BASE_PAGE, mode))
+				sleeps = true;
+			else
+				lifted = end;
+		}
+		if (!end || ((i + 1) % each && i + 1 < count))
+			continue;
+		if (mode || sleeps)
+			uffd_shim_wake(saver->options.uffd, start, end - start);
+		note_waited(saver);
+		end = 0;
+		sleeps = false;
 	}
-	if (is_ended(saver))
-		return;
-	/*
-	 * An error wakes nobody: the layout is changing, or other memory is there by now, which is not
-	 * registered.  A woken thread faults again if it still has to.
-	 */
-	if (!pages || uffd_shim_writeprotect(saver->options.uffd, at, pages * BASE_PAGE, 0))
-		uffd_shim_wake(saver->options.uffd, at, (pages ? pages : 1) * BASE_PAGE);
 }
 
 static void apply(struct uffd_saver *saver, const struct uffd_msg *message)
@@ -96,48 +135,36 @@ static void apply(struct uffd_saver *saver, const struct uffd_msg *message)
 	}
 }
 
-static void answer_one(struct uffd_saver *saver, const struct uffd_msg *message, uint64_t began)
-{
-	bool is_fault = message->event == UFFD_EVENT_PAGEFAULT;
-	uint64_t waited;
-
-	/*
-	 * Nobody waits for an answer then: whoever waited at the end was woken, and memory that is not
-	 * registered any more has no new faults.
-	 */
-	if (is_ended(saver))
-		return;
-	if (is_fault)
-		resolve_fault(saver, message->arg.pagefault.address);
-	else
-		apply(saver, message);
-	atomic_fetch_add(&saver->guard.shared->beat, 1);
-	waited = uffd_now_ns() - began;
-	if (is_fault && saver->saves && waited > saver->stats.longest_ns)
-		saver->stats.longest_ns = waited;
-}
-
 bool uffd_saver_answer(struct uffd_saver *saver)
 {
+	struct uffd_unread *unread = &saver->unread;
 	struct uffd_guarded *guarded = saver->guard.shared;
-	struct uffd_msg messages[BATCH];
-	uint64_t began, count;
-	int64_t n;
+	struct uffd_saving *saving = &saver->saving;
+	uint64_t unread_ns;
+	bool any;
 
 	atomic_store(&guarded->busy, 1);
-	n = uffd_shim_read(saver->options.uffd, messages, sizeof(messages));
-	began = uffd_now_ns();
-	count = n > 0 ? (uint64_t)n / sizeof(*messages) : 0;
+	/* While the thread sleeps, the first message wakes it. */
+	saving->since_ns = saving->unread_ns > saver->slept_ns ? saving->unread_ns : saver->slept_ns;
+	unread_ns = uffd_unread_take(unread, saver->options.uffd);
+	if (unread_ns)
+		saving->unread_ns = unread_ns;
+	any = unread->faults_count || unread->others_count;
 	/* The kernel has faults first, also those of memory that has moved before. */
-	for (uint64_t i = 0; i < count; i++)
-		if (messages[i].event != UFFD_EVENT_PAGEFAULT)
-			answer_one(saver, &messages[i], began);
-	for (uint64_t i = 0; i < count; i++)
-		if (messages[i].event == UFFD_EVENT_PAGEFAULT)
-			answer_one(saver, &messages[i], began);
-	atomic_fetch_add(&guarded->beat, 1);
+	for (uint64_t i = 0; i < unread->others_count && !is_ended(saver); i++)
+		apply(saver, &unread->others[i]);
+	/*
+	 * Nobody waits for an answer once it has ended: whoever waited was woken, and memory that is
+	 * not registered any more has no new faults.
+	 */
+	if (!is_ended(saver))
+		resolve_faults(saver);
+	saving->since_ns = 0;
+	if (any)
+		uffd_saving_has_unread(saving);
+	atomic_store(&guarded->answered_ns, saving->unread_ns);
 	atomic_store(&guarded->busy, 0);
-	return count;
+	return any;
 }
 
 static void check_others(struct uffd_saver *saver)
@@ -174,6 +201,7 @@ static int sweep(struct uffd_saver *saver)
 void *uffd_saver_run(void *argument)
 {
 	struct uffd_saver *saver = argument;
+	uint64_t slept_ns = 0;
 
 	prctl(PR_SET_NAME, "uffd-save");
 	for (;;) {
@@ -181,20 +209,24 @@ void *uffd_saver_run(void *argument)
 			{ .fd = saver->options.uffd, .events = POLLIN },
 			{ .fd = saver->sweep.said_fd, .events = POLLIN },
 		};
-		bool busy, stop;
+		bool idle, stop;
 		int wait_ms;
 
 		for (unsigned int i = 0; atomic_load(&saver->callers); i++)
 			uffd_back_off(i);
 		pthread_mutex_lock(&saver->lock);
-		busy = uffd_saver_answer(saver);
+		saver->slept_ns = slept_ns;
+		idle = !uffd_saver_answer(saver);
 		wait_ms = sweep(saver);
 		check_others(saver);
+		idle = idle && !uffd_saving_has_unread(&saver->saving);
 		stop = saver->stop;
 		pthread_mutex_unlock(&saver->lock);
 		if (stop)
 			return NULL;
-		if (!busy)
-			poll(ready, 2, wait_ms);
+		if (!idle)
+			continue;
+		poll(ready, 2, wait_ms);
+		slept_ns = uffd_now_ns();
 	}
 }

@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #include "snapshot/guard.h"
+#include "snapshot/unread.h"
 #include "snapshot/saving.h"
 #include "snapshot/sweeping.h"
 
@@ -31,7 +32,8 @@ struct uffd_saver_stats {
 	uint64_t before;	/* faults before the instant */
 	uint64_t left;		/* pages that are still owed */
 	uint64_t dropped;	/* pages given back before they were saved */
-	uint64_t longest_ns;	/* the longest time that a fault waited for us */
+	uint64_t longest_ns;	/* no fault has waited for us longer */
+	uint64_t wakes;		/* calls that woke threads which waited for a page */
 	int32_t error;		/* -errno that ended it; -ETIMEDOUT: of the limit */
 };
 
@@ -46,6 +48,8 @@ struct uffd_saver {
 	struct uffd_guard guard;
 	struct uffd_saving saving;
 	struct uffd_sweep sweep;
+	struct uffd_unread unread;
+	uint64_t slept_ns; /* until when its thread waited for messages */
 	struct uffd_page_ranges noted;	/* in the order of the messages */
 	struct uffd_saver_stats stats;
 	/*

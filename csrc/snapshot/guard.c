@@ -60,12 +60,12 @@ void uffd_guard_lift(const struct uffd_guard *guard, int uffd)
 /* In the child: a copy of the process with one thread, in which no lock may be taken. */
 static void watch(struct uffd_guarded *shared, int uffd, int maps_fd, uint64_t limit_ns)
 {
-	uint64_t since = 0, beat = 0;
+	uint64_t since = 0;
 
 	for (;;) {
 		struct pollfd ready = { .fd = uffd, .events = POLLIN };
 		struct timespec step = { .tv_nsec = STEP_NS };
-		uint64_t now;
+		uint64_t answered, now;
 
 		/* A message that was read is not reported any more. */
 		poll(&ready, 1, atomic_load(&shared->busy) ? 0 : IDLE_MS);
@@ -73,11 +73,14 @@ static void watch(struct uffd_guarded *shared, int uffd, int maps_fd, uint64_t l
 			since = 0;
 			continue;
 		}
+		/* Where many threads write, there always is one. */
+		answered = atomic_load(&shared->answered_ns);
 		now = uffd_now_ns();
-		if (!since || beat != atomic_load(&shared->beat)) {
+		if (!since)
 			since = now;
-			beat = atomic_load(&shared->beat);
-		} else if (now - since > limit_ns) {
+		else if (since < answered)
+			since = answered;
+		if (now - since > limit_ns) {
 			atomic_store(&shared->ended, 1);
 			lift(uffd, maps_fd);
 			since = 0;

@@ -12,8 +12,8 @@
 
 /* Shared with the guard. */
 struct uffd_guarded {
-	/* Counts messages that were answered, and looks for some. */
-	_Atomic uint64_t beat;
+	/* A time, by uffd_now_ns(): every message that was sent before has been answered. */
+	_Atomic uint64_t answered_ns;
 	/* A message may have been read that is not answered yet. */
 	_Atomic uint32_t busy;
 	/* The guard has ended the protection. */

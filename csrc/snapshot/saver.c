@@ -245,6 +245,7 @@ void uffd_saver_destroy(struct uffd_saver **place)
 	uffd_ring_destroy(saver->saving.ring);
 	uffd_cold_close(&saver->saving.cold);
 	uffd_owed_deinit(&saver->saving.owed);
+	uffd_unread_deinit(&saver->unread);
 	uffd_pagemap_release(&saver->noted);
 	uffd_pagemap_release(&saver->ready);
 	pthread_mutex_destroy(&saver->lock);

@@ -4,6 +4,7 @@
 
 #include "base/clock.h"
 #include "base/page.h"
+#include "snapshot/unread.h"
 #include "snapshot/pages.h"
 #include "snapshot/saving.h"
 #include "uffd_shim.h"
@@ -13,6 +14,8 @@
  * and copying 64 KiB lasts less long than a second fault.
  */
 #define AROUND 16u
+/* While it waits for the disk it looks for messages so often in `max_stall_ns`. */
+#define LOOKS 8u
 
 _Static_assert(UFFD_RING_DATA == UFFD_OWED_DATA && UFFD_RING_ZERO == UFFD_OWED_ZERO, "states");
 
@@ -30,14 +33,48 @@ bool uffd_saving_is_changing(const struct uffd_saving *saving)
 	return uffd_shim_writeprotect(saving->uffd, 0, 0, 0) == -EAGAIN;
 }
 
+bool uffd_saving_has_unread(struct uffd_saving *saving)
+{
+	uint64_t now = uffd_now_ns();
+	bool has = uffd_unread_any(saving->uffd);
+
+	if (!has)
+		saving->unread_ns = now;
+	return has;
+}
+
+/* Wait for the disk, but let no thread of the process wait for too long. */
+static int reserve(struct uffd_saving *saving, uint64_t pages, void **memory_ret)
+{
+	uint64_t now = uffd_now_ns(), limit = now + saving->max_stall_ns, until;
+	int ret;
+
+	do {
+		/* Those who wait for this, or else those who wait to be read. */
+		uint64_t since = saving->since_ns ? saving->since_ns : saving->unread_ns;
+
+		until = since + saving->max_stall_ns;
+		if (until > limit)
+			until = limit;
+		ret = uffd_ring_reserve(saving->ring, pages,
+					until < now + saving->max_stall_ns / LOOKS ?
+						until : now + saving->max_stall_ns / LOOKS,
+					memory_ret);
+		now = uffd_now_ns();
+		if (ret == -ETIMEDOUT)
+			uffd_saving_has_unread(saving);
+	} while (ret == -ETIMEDOUT && now < until);
+	return ret;
+}
+
 static enum result save(struct uffd_saving *saving, struct uffd_owed_piece *piece, uint64_t address,
 			uint64_t pages, bool may_change)
 {
-	uint64_t until = uffd_now_ns() + saving->max_stall_ns, good = 0;
+	uint64_t good = 0;
 	bool is_read;
 	void *memory;
 
-	saving->error = uffd_ring_reserve(saving->ring, pages, until, &memory);
+	saving->error = reserve(saving, pages, &memory);
 	if (saving->error)
 		return ENDED;
 	uffd_cold_note(&saving->cold, address, address + pages * BASE_PAGE);

@@ -17,6 +17,11 @@ struct uffd_saving {
 	int32_t pagemap_fd;
 	uint64_t memory_pages;	/* of the ring */
 	uint64_t max_stall_ns;
+	/*
+	 * When the first of the faults that are being answered may have been sent, 0: there
+	 * are none; and a time before those that are unread.
+	 */
+	uint64_t since_ns, unread_ns;
 	struct uffd_ring *ring;
 	struct uffd_owed owed;
 	uint64_t faults;	/* pages saved because of one */
@@ -32,6 +37,8 @@ struct uffd_saving {
  * was read before may be of other memory than the address referred to.
  */
 bool uffd_saving_is_changing(const struct uffd_saving *saving);
+/* Look whether messages are unread: with none, who sends one waits from now on. */
+bool uffd_saving_has_unread(struct uffd_saving *saving);
 /*
  * Save a page that a thread waits for, and its neighbours; returns what may be written now.  0: the
  * layout changes, so the thread has to try it again.

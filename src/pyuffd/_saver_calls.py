@@ -22,7 +22,7 @@ UNREADABLE = lib.UFFD_OWED_UNREADABLE
 
 @dataclass(frozen=True, slots=True)
 class SaverStats:
-    """Pages, and the longest time that a fault waited; `error` is an errno."""
+    """Pages, the longest time that a fault waited, and calls that woke; `error` is an errno."""
 
     faults: int
     swept: int
@@ -30,6 +30,7 @@ class SaverStats:
     left: int
     dropped: int
     longest_ns: int
+    wakes: int
     error: int
 
 
@@ -109,6 +110,7 @@ class Saver(Owner):
             cell.left,
             cell.dropped,
             cell.longest_ns,
+            cell.wakes,
             -cell.error,
         )
 
