@@ -29,6 +29,7 @@ from pyuffd._memory import Agent, Interrupted
 from pyuffd.testing import GatedSource, needs
 from tests._barriers import Point, holding
 from tests._child import run_child
+from tests._memory import memory_of, memory_params
 from tests.kernel._faults import Task
 from tests.kernel._serving import in_fork, is_lost, open_fds, states, wait_until
 from tests.process._peer import Link, peer
@@ -429,6 +430,32 @@ class Remote:
 @needs(EVENTS)
 def test_child_outlives_the_owner() -> None:
     run_child(child_outlives_owner, budget_s=20)
+
+
+def forked_after_the_poison(name: str) -> None:
+    memory = memory_of(name)
+    region = memory.pages(2)
+    data = Pages(2, memory.page_size, seed=5)
+    with Userfaultfd() as uffd, Handler(uffd) as handler:
+        handler.serve(region, BufferSource(data.all))
+        handler.unserve(region)
+        assert is_lost(region, 0)
+
+        def read() -> None:
+            # docs/concepts/limits.md: a fork does not copy the marks of shared memory.
+            if memory.shared:
+                assert region.read(0, 1) == b"\0"
+            else:
+                assert is_lost(region, 0)
+
+        assert in_fork(read) == 0
+    memory.close()
+
+
+@needs(Feature.POISON)
+@pytest.mark.parametrize("name", memory_params())
+def test_a_fork_after_the_poison(name: str) -> None:
+    run_child(forked_after_the_poison, name)
 
 
 test_pitfalls = checks_of(__name__)
