@@ -50,6 +50,7 @@ class UnixListener(SoleOwner):
         self.path = path
         self._pid = os.getpid()
         self._end = Descriptor.eventfd()  # tells the threads in accept() of close()
+        self._is_closed = False
         self._identity: tuple[int, int] | None = None  # of its file, once it is bound
 
     def _listen(self, backlog: int) -> None:
@@ -108,19 +109,25 @@ class UnixListener(SoleOwner):
 
     def close(self) -> None:
         """Stop listening, end every accept(), remove the socket's file; in a fork, only close."""
-        if self._sock.fileno() < 0:
+        if self._is_closed:
             return
         if self._pid == os.getpid():
             os.eventfd_write(self._end.number, 1)
+        self._close()
+
+    def _close(self) -> None:
         try:
             self._unlink()
         except OSError:
             self._sock.close()
+            self._is_closed = True
             raise
-        self._sock.close()  # last: after an interruption the next close() does the rest
+        self._sock.close()
+        self._is_closed = True  # last: after an interruption the next close() does the rest
 
     def _unlink(self) -> None:
-        if self._identity is None and self._sock.getsockname() == self.path:
+        is_open = self._sock.fileno() >= 0
+        if self._identity is None and is_open and self._sock.getsockname() == self.path:
             self._identity = _identity(self.path)  # `_listen` was interrupted after bind(2)
         if (
             self._pid == os.getpid()
@@ -138,9 +145,10 @@ class UnixListener(SoleOwner):
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_identity") and self._sock.fileno() >= 0 and self._pid == os.getpid():
+        if hasattr(self, "_identity") and not self._is_closed and self._pid == os.getpid():
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
-            self.close()
+            # In a circle the socket and the eventfd may be gone already; nobody is in accept().
+            self._close()
 
     def __repr__(self) -> str:
         state = "closed" if self._sock.fileno() < 0 else f"fd={self._sock.fileno()}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import socket
 import stat
@@ -148,6 +149,18 @@ def test_close_removes_the_file_and_only_its_own(tmp_path: Path) -> None:
             first.close()
             assert path.is_socket()
     assert not path.exists()
+
+
+def test_the_collector_removes_the_file_too(tmp_path: Path) -> None:
+    """It finalizes the members of a circle in any order, so the socket may be closed before."""
+    listener = listen_unix(tmp_path / "name")
+    circle = [listener]
+    listener.__dict__["circle"] = circle
+    listener._sock.close()  # as its own destructor does
+    with pytest.warns(ResourceWarning, match="unclosed <UnixListener"):
+        del listener, circle
+        gc.collect()
+    assert not list(tmp_path.iterdir())
 
 
 def test_close_in_a_fork_leaves_the_file(tmp_path: Path) -> None:
