@@ -8,9 +8,9 @@
 #include <stdint.h>
 
 #include "snapshot/guard.h"
-#include "snapshot/unread.h"
 #include "snapshot/saving.h"
 #include "snapshot/sweeping.h"
+#include "snapshot/unread.h"
 
 struct uffd_saver_options {
 	int32_t pid;

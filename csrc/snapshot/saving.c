@@ -4,9 +4,9 @@
 
 #include "base/clock.h"
 #include "base/page.h"
-#include "snapshot/unread.h"
 #include "snapshot/pages.h"
 #include "snapshot/saving.h"
+#include "snapshot/unread.h"
 #include "uffd_shim.h"
 
 /*

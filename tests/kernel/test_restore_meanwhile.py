@@ -5,15 +5,18 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import struct
 import tempfile
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pyuffd import Feature, PagePoisonedError, Region, Snapshot, SnapshotFormatError, UffdOSError
+from pyuffd._image_calls import replace_untouched
 from pyuffd.snapshot._content import PIECE
 from pyuffd.testing import needs
 from pyuffd.testing._run import SCALE
@@ -138,3 +141,27 @@ def touched_meanwhile(mode: Any, by_view: bool) -> None:
 @pytest.mark.parametrize("mode", ["map", "minor"])
 def test_memory_that_is_written_while_it_is_mapped(mode: str, by_view: bool) -> None:
     run_child(touched_meanwhile, mode, by_view, budget_s=60)
+
+
+PRESENT, SWAPPED = 1 << 63, 1 << 62  # bits of an entry of /proc/PID/pagemap
+
+
+@pytest.mark.parametrize("bit", [0, PRESENT, SWAPPED], ids=["untouched", "present", "swapped"])
+def test_where_the_page_table_cannot_be_scanned(bit: int) -> None:
+    """Before Linux 6.7: a file stands for the page table, as it has no PAGEMAP_SCAN either."""
+    pages, touched = 1100, 1050
+    content = bytes([7]) * pages * PAGE
+    with ExitStack() as stack:
+        region = stack.enter_context(Region.anonymous(pages * PAGE))
+        table, file = (os.memfd_create(name, os.MFD_CLOEXEC) for name in ("table", "content"))
+        for fd in (table, file):
+            stack.callback(os.close, fd)
+        os.ftruncate(table, (region.start // PAGE + pages) * 8)
+        os.pwrite(table, struct.pack("=Q", bit), (region.start // PAGE + touched) * 8)
+        os.write(file, content)
+        length = region.length
+        found = replace_untouched(
+            -1, table, [(region.start, length)], [(region.start, length, 0, file)]
+        )
+        assert found == (region.start if bit else None)
+        assert region.read() == (bytes(length) if bit else content)

@@ -17,6 +17,7 @@ from pyuffd._saver_calls import Saver
 from pyuffd.snapshot._cow import NEEDED
 from pyuffd.testing import needs, needs_privilege
 from pyuffd.testing._run import SCALE
+from tests._child import limit_s, run_child
 from tests._memory import PAGE
 from tests.process._counters import new_file
 from tests.process.test_snapshot import wait_until
@@ -72,8 +73,7 @@ def saver_of(uffd: Userfaultfd, path: Path) -> Iterator[Saver]:
             yield saver
 
 
-def test_many_that_wait_are_woken_by_few_calls(tmp_path: Path) -> None:
-    """The kernel looks at every waiting thread for each of them."""
+def woken_by_few(path: str) -> None:
     with Region.anonymous(2 * THREADS * PAGE) as region, Userfaultfd(features=NEEDED) as uffd:
         for index in range(THREADS):
             region.write(2 * index * PAGE, b"x")
@@ -86,12 +86,17 @@ def test_many_that_wait_are_woken_by_few_calls(tmp_path: Path) -> None:
         for thread in threads:
             thread.start()
         wait_until(lambda: waiting(uffd) == THREADS)
-        with saver_of(uffd, tmp_path) as saver:
+        with saver_of(uffd, Path(path)) as saver:
             for thread in threads:
                 thread.join()
             stats = saver.stats()
         assert stats.before == THREADS
         assert 1 <= stats.wakes <= 2 * MOST_WAKES
+
+
+def test_many_that_wait_are_woken_by_few_calls(tmp_path: Path) -> None:
+    """The kernel looks at every waiting thread for each of them."""
+    run_child(woken_by_few, str(tmp_path), budget_s=30)
 
 
 @pytest.fixture(scope="module")
@@ -119,11 +124,11 @@ def test_no_writer_waits_longer_than_the_limit(programs: tuple[str, str], tmp_pa
             [sys.executable, "-c", COMMAND, str(target.pid), str(tmp_path / "one"), str(LIMIT_S)],
             capture_output=True,
             text=True,
-            timeout=60 * SCALE,
+            timeout=limit_s(60),
             env={**os.environ, "LD_PRELOAD": library, "DISK_US": str(DISK_US)},
         )
         assert (done.stdout, done.stderr) == ("stalled\n", "")
-        longest_s = int(target.communicate("\n")[0]) / 1e6
+        longest_s = int(target.communicate("\n", timeout=limit_s(60))[0]) / 1e6
     finally:
         target.kill()
         target.communicate()

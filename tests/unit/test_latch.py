@@ -15,6 +15,7 @@ import pytest
 
 import pyuffd
 from pyuffd._latch import Latch, RLock
+from pyuffd.handlers._turns import turn_of
 from tests._child import run_child
 
 SOURCE = Path(pyuffd.__file__).parent
@@ -168,6 +169,26 @@ def interrupted_around_a_lock() -> None:
 
 def test_an_exception_at_any_instant_leaves_a_lock_free() -> None:
     run_child(interrupted_around_a_lock)
+
+
+class InterruptedLock:
+    """A lock whose `acquire` a signal handler interrupts as it returns."""
+
+    def __init__(self) -> None:
+        self.lock = RLock()
+        self.release = self.lock.release
+        self._is_owned = self.lock._is_owned  # type: ignore[attr-defined]
+
+    def acquire(self, *, blocking: bool) -> bool:
+        self.lock.acquire(blocking=blocking)
+        raise Injected
+
+
+def test_an_exception_leaves_the_lock_of_a_signal_handlers_call_free() -> None:
+    inner, lock = RLock(), InterruptedLock()
+    with inner, pytest.raises(Injected), turn_of(lock, inner):  # type: ignore[arg-type]
+        pass
+    assert is_free(lock.lock)
 
 
 def test_a_lock_is_held_as_often_as_it_is_acquired() -> None:

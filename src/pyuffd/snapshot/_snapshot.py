@@ -343,11 +343,13 @@ class Snapshot(Opened):
                 must be private anonymous memory of this process with small pages; the new one is
                 readable and writable, and a page that is dropped (MADV_DONTNEED) has the snapshot's
                 content again. A thread that touches the region before this returns waits until the
-                new mapping is there; where no userfaultfd can be opened, what it writes then may be
-                lost. This object keeps the memfd of each part that was restored by
-                "minor", until it is closed. "auto" is
-                "map" where that is possible and the faster way (a local file system, the image in
-                the page cache), otherwise "copy"; `Restore.why` tells.
+                new mapping is there; where a userfaultfd may be for user mode only, its system
+                calls fail with EFAULT meanwhile, and where none can be opened, what it writes then
+                may be lost. With "minor" a touch in the last moment makes this raise ValueError,
+                and what it wrote is not kept. This object keeps the memfd of each part that was
+                restored by "minor", until it is closed. "auto" is "map" where that is possible and
+                the faster way (a local file system, the image in the page cache), otherwise "copy";
+                `Restore.why` tells.
             gaps: What to do about pages whose content the snapshot does not have: LOST, SHARED, and
                 ABSENT in mappings of files. "refuse" raises SnapshotError, "poison" makes an access
                 raise SIGBUS, "zeros" makes them zeros. Pages that are ZERO, or ABSENT in other
