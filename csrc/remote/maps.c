@@ -142,10 +142,32 @@ static bool parse(const char *at, const char *end, struct uffd_map *map, const c
 	return map->end > map->start;
 }
 
+/*
+ * Rows stay ascending and disjoint.  The kernel lists mappings piece by piece: one that grows or is
+ * merged just behind what was listed comes again, from its old start on ("Track the end of the
+ * reported vma to ensure position changes even if previous vma was merged", fs/proc/task_mmu.c).
+ * What it says last is what was there last.
+ */
+static void cut(struct uffd_maps *maps, uint64_t start)
+{
+	struct uffd_map *last;
+
+	while (maps->count && maps->vec[maps->count - 1].start >= start)
+		maps->names_length = maps->vec[--maps->count].name_at;
+	if (!maps->count)
+		return;
+	last = &maps->vec[maps->count - 1];
+	if (last->end > start)
+		last->end = start;
+}
+
 static int add(struct uffd_maps *maps, struct uffd_map *map, const char *name)
 {
-	int ret = uffd_array_grow((void **)&maps->vec, &maps->capacity, maps->count + 1, ROWS_FIRST,
-		       sizeof(*maps->vec));
+	int ret;
+
+	cut(maps, map->start);
+	ret = uffd_array_grow((void **)&maps->vec, &maps->capacity, maps->count + 1, ROWS_FIRST,
+			      sizeof(*maps->vec));
 
 	if (!ret)
 		ret = uffd_array_grow((void **)&maps->names, &maps->names_capacity,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from pyuffd._machine import raise_without_procfs
@@ -71,12 +71,11 @@ def is_of_file(device: int, path: str, *, shared: bool) -> bool:
 def overlapping(
     start: int, end: int, *, pid: int | str = "self", details: bool = False
 ) -> Iterator[Vma]:
-    """Yield the mappings that overlap [start, end), in address order.
+    """Yield the mappings that overlap [start, end), ascending and disjoint.
 
     Details come from smaps, which walks the page tables of every mapping up to the last one. No
     page is faulted in, but it is slow in a large process.
     """
-    vma: Vma | None = None
     source = f"/proc/{pid}/{'smaps' if details else 'maps'}"
     try:
         opened = open(source, encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
@@ -84,22 +83,43 @@ def overlapping(
         raise_without_procfs(f"open {source}", error)
         raise
     with opened as lines:
-        for line in lines:
-            # Only lines of details begin with a capital letter.
-            if not "A" <= line[0] <= "Z" and (head := _HEAD.match(line)):
-                if vma is not None:
-                    yield vma
-                vma = _vma(head)
-                if vma.start >= end:
-                    return
-                if vma.end <= start:
-                    vma = None
-            elif vma is None:
-                continue
-            elif line.startswith("KernelPageSize:"):
-                vma = replace(vma, page_size=int(line.split()[1]) << 10)
-            elif line.startswith("VmFlags:"):
-                vma = replace(vma, flags=frozenset(line.split()[1:]))
+        found = disjoint(_listed(lines, start, end))
+    yield from found
+
+
+def disjoint(listed: Iterable[Vma]) -> list[Vma]:
+    """Return mappings without overlaps; of what was listed twice, as it was listed last.
+
+    The kernel lists a mapping again that grew or was merged just behind what it had listed.
+    """
+    found: list[Vma] = []
+    for vma in listed:
+        while found and found[-1].start >= vma.start:
+            found.pop()
+        if found and found[-1].end > vma.start:
+            found[-1] = replace(found[-1], end=vma.start)
+        found.append(vma)
+    return found
+
+
+def _listed(lines: Iterable[str], start: int, end: int) -> Iterator[Vma]:
+    vma: Vma | None = None
+    for line in lines:
+        # Only lines of details begin with a capital letter.
+        if not "A" <= line[0] <= "Z" and (head := _HEAD.match(line)):
+            if vma is not None:
+                yield vma
+            vma = _vma(head)
+            if vma.start >= end:
+                return
+            if vma.end <= start:
+                vma = None
+        elif vma is None:
+            continue
+        elif line.startswith("KernelPageSize:"):
+            vma = replace(vma, page_size=int(line.split()[1]) << 10)
+        elif line.startswith("VmFlags:"):
+            vma = replace(vma, flags=frozenset(line.split()[1:]))
     if vma is not None:
         yield vma
 

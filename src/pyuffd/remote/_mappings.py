@@ -263,7 +263,15 @@ def query_mappings(fd: int, pid: int, kinds: Kinds, spans: memoryview) -> Mappin
 
 def with_details(mappings: Mappings, pid: int | str) -> Mappings:
     """Return mappings with the flags of smaps, which walks the page tables."""
-    details = {vma.start: vma.flags for vma in _vmas.overlapping(0, 1 << 64, pid=pid, details=True)}
+    details: dict[int, frozenset[str]] = {}
+    vmas = _vmas.overlapping(0, 1 << 64, pid=pid, details=True)
+    vma = next(vmas, None)
+    for start, *_ in _ROW.iter_unpack(mappings._packed):
+        # It may have grown or been merged since they were read.
+        while vma is not None and vma.end <= start:
+            vma = next(vmas, None)
+        if vma is not None and vma.start <= start:
+            details[start] = vma.flags
     return Mappings(mappings._packed, mappings._names, mappings._kinds, details)
 
 

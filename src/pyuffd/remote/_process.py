@@ -225,7 +225,7 @@ class Process(Closing):
                 whole process, which needs milliseconds per GiB.
 
         Returns:
-            All mappings, in ascending order. The kernel reads them piece by piece: to get the
+            All mappings, ascending and disjoint. The kernel reads them piece by piece: to get the
             state of one moment, stop the process.
 
         Raises:
