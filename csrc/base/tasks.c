@@ -5,6 +5,7 @@
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "base/tasks.h"
@@ -45,6 +46,14 @@ ssize_t uffd_task_read_thread(int32_t pid, int32_t thread_id, const char *name, 
 
 	snprintf(path, sizeof(path), "task/%d/%s", thread_id, name);
 	return uffd_task_read(pid, path, text_ret, size);
+}
+
+uint64_t uffd_task_count(int folder)
+{
+	struct stat status;
+
+	/* proc_task_getattr() of the kernel adds the number of threads. */
+	return !fstat(folder, &status) && status.st_nlink > 2 ? status.st_nlink - 2 : 0;
 }
 
 bool uffd_task_has_exited(int32_t pid)

@@ -13,6 +13,12 @@ int uffd_task_open(int32_t pid, const char *name, int flags);
 ssize_t uffd_task_read(int32_t pid, const char *name, char *text_ret, size_t size);
 ssize_t uffd_task_read_thread(int32_t pid, int32_t thread_id, const char *name, char *text_ret,
 			      size_t size);
+/*
+ * How many threads a process has, zombies included, by its open directory `task`; 0: unknown.  A
+ * listing of that directory ends at a thread that ends meanwhile, or skips another one, so one that
+ * has fewer is not complete.
+ */
+uint64_t uffd_task_count(int folder);
 /* True also for a zombie; false for -1, an unknown process. */
 bool uffd_task_has_exited(int32_t pid);
 

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "base/page.h"
+#include "base/tasks.h"
 #include "dirty/ranges.h"
 #include "remote/pins.h"
 
@@ -180,6 +181,7 @@ int uffd_remote_reads(int32_t pid, struct uffd_reads *reads_ret)
 {
 	char text[192];
 	const struct dirent *entry;
+	uint64_t listed = 0;
 	DIR *tasks;
 	int fds, ret = 0;
 
@@ -197,7 +199,11 @@ int uffd_remote_reads(int32_t pid, struct uffd_reads *reads_ret)
 		snprintf(name, sizeof(name), "%.10s/syscall", entry->d_name);
 		if (read_text(dirfd(tasks), name, text, sizeof(text)))
 			ret = look_at(reads_ret, pid, fds, text);
+		listed++;
 	}
+	/* Others were not looked at. */
+	if (listed < uffd_task_count(dirfd(tasks)))
+		reads_ret->running++;
 	if (fds >= 0)
 		close(fds);
 	closedir(tasks);

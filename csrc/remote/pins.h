@@ -22,7 +22,7 @@ int uffd_remote_pinners(int32_t pid, struct uffd_pinners *pinners);
 
 struct uffd_reads {
 	struct uffd_page_ranges pages;	/* of the buffers of threads that sleep in read(2) and the like */
-	uint32_t running;		/* threads that run: what they do is unknown */
+	uint32_t running;		/* threads that run, or were not seen: what they do is unknown */
 };
 
 /*

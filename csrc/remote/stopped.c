@@ -19,6 +19,7 @@
 
 #include "base/array.h"
 #include "base/clock.h"
+#include "base/tasks.h"
 #include "remote/stopped.h"
 #include "remote/thread.h"
 #include "remote/trace.h"
@@ -84,11 +85,15 @@ static void forget_all(struct uffd_stopped *stopped)
 		stopped->known[stopped->threads[stopped->count - 1].tid / WORD_BITS] = 0;
 }
 
-/* Seize and interrupt the threads of a process that are not known yet; found_ret: whether any. */
+/*
+ * Seize and interrupt the threads of a process that are not known yet; found_ret: whether there were
+ * any, or may be more.
+ */
 static int seize_new(struct uffd_stopped *stopped, int32_t pid, bool *found_ret)
 {
 	char path[40];
 	struct dirent *entry;
+	uint64_t listed = 0;
 	DIR *folder;
 	int ret = 0;
 
@@ -99,7 +104,10 @@ static int seize_new(struct uffd_stopped *stopped, int32_t pid, bool *found_ret)
 	while (!ret && (entry = readdir(folder))) {
 		pid_t tid = (pid_t)atoi(entry->d_name);
 
-		if (tid <= 0 || tid >= TIDS_MOST || is_known(stopped, tid))
+		if (tid <= 0 || tid >= TIDS_MOST)
+			continue;
+		listed++;
+		if (is_known(stopped, tid))
 			continue;
 		ret = uffd_trace_seize(tid, 0);
 		if (ret == -EPERM || ret == -ESRCH) {
@@ -108,6 +116,7 @@ static int seize_new(struct uffd_stopped *stopped, int32_t pid, bool *found_ret)
 			/* One that has ended; the process continues without its first thread. */
 			if (state == 'Z' || state == 'X') {
 				ret = 0;
+				listed -= state == 'X'; /* the kernel does not count it any more */
 				continue;
 			}
 		}
@@ -118,6 +127,8 @@ static int seize_new(struct uffd_stopped *stopped, int32_t pid, bool *found_ret)
 			ret = add(stopped, tid);
 		*found_ret = true;
 	}
+	if (listed < uffd_task_count(dirfd(folder)))
+		*found_ret = true;
 	closedir(folder);
 	return ret;
 }

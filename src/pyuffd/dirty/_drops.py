@@ -7,17 +7,15 @@ until every thread of the process has been seen outside of such a call after the
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Iterable
 from pathlib import Path
 
 from pyuffd import _dirty_calls as calls
-from pyuffd._errors import raise_if_short
 from pyuffd._uffd import Userfaultfd
 from pyuffd.remote._mappings import Mapping, MappingKind
 from pyuffd.remote._process import Process
 from pyuffd.remote._stop import sharing
+from pyuffd.remote._threads import listed
 
 # madvise(2) and process_madvise(2).
 _CALLS = (b"28", b"440")
@@ -106,19 +104,12 @@ def _threads(process: Process) -> set[int] | None:
     """Return all threads that may change the memory; None if they come and go too fast."""
     before: set[int] = set()
     for _ in range(_LISTED_MOST):
-        found = set(_listed(sharing(process.pid, process.memory_tid)))
-        if found and found <= before:
+        each = [listed(pid, 1) for pid in sharing(process.pid, process.memory_tid)]
+        found = {tid for one in each for tid in one.tids}
+        if found and found <= before and all(one.complete for one in each):
             return found
         before = found
     return None
-
-
-def _listed(pids: Iterable[int]) -> Iterable[int]:
-    for pid in pids:
-        try:
-            yield from map(int, os.listdir(f"/proc/{pid}/task"))
-        except OSError as error:  # it has ended
-            raise_if_short(f"open {error.filename}", error)
 
 
 def _is_outside(tid: int) -> bool:

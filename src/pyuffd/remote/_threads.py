@@ -13,6 +13,9 @@ from pyuffd._errors import raise_if_short
 # How long another tracer may need to leave: one that traces for a moment, as this library does.
 LEAVE_S = 0.3
 _LOOK_S = 0.002
+_LISTED_MOST = 5
+# Of the directory itself; proc_task_getattr() of the kernel adds the number of threads.
+_LINKS = 2
 # After so many refusals in a row while nobody traced the thread, ptrace itself is refused.
 _REFUSALS = 3
 
@@ -33,21 +36,47 @@ class Thread:
     state: str
 
 
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A listing of the threads of a process.
+
+    Attributes:
+        tids: Their ids, ascending; none if the process has exited.
+        complete: Whether these are all that there were. A listing ends at a thread that ends
+            meanwhile.
+    """
+
+    tids: list[int]
+    complete: bool
+
+
+def listed(pid: int, attempts: int = _LISTED_MOST) -> Listed:
+    """List the threads of a process, again if a listing is not complete."""
+    folder = f"/proc/{pid}/task"
+    tids: list[int] = []
+    for _ in range(attempts):
+        try:
+            tids = [int(name) for name in os.listdir(folder)]
+            count = os.stat(folder).st_nlink - _LINKS
+        except OSError as error:
+            raise_if_short(f"open {error.filename}", error)
+            return Listed([], True)
+        # Where it ended early the last has ended, and the kernel does not count it any more.
+        if len(tids) >= count and os.path.exists(f"{folder}/{tids[-1]}"):
+            return Listed(sorted(tids), True)
+    return Listed(sorted(tids), False)
+
+
 def threads_of(pid: int) -> Iterator[Thread]:
     """Yield the threads of a process, in the kernel's order; none if it has exited."""
-    try:
-        names = sorted(os.listdir(f"/proc/{pid}/task"), key=int)
-    except OSError as error:
-        raise_if_short(f"open {error.filename}", error)
-        return
-    for name in names:
+    for tid in listed(pid).tids:
         try:
-            text = Path(f"/proc/{pid}/task/{name}/stat").read_text(errors="replace")
+            text = Path(f"/proc/{pid}/task/{tid}/stat").read_text(errors="replace")
         except OSError as error:  # it has ended
             raise_if_short(f"open {error.filename}", error)
             continue
         before, _, after = text.rpartition(")")
-        yield Thread(int(name), before.partition("(")[2], after.split()[0])
+        yield Thread(tid, before.partition("(")[2], after.split()[0])
 
 
 def wait_channel(tid: int) -> str:

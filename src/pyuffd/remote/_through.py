@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
 from pyuffd._errors import raise_if_short
+from pyuffd.remote._threads import listed
 
 # Of /proc/PID/stat, behind the name; and PF_KTHREAD of it.
 _FLAGS, _KERNEL_THREAD = 6, 0x00200000
@@ -18,12 +17,7 @@ def thread_with_memory(pid: int) -> int:
     """
     if has_memory(pid, pid):
         return pid
-    try:
-        others = sorted(int(name) for name in os.listdir(f"/proc/{pid}/task"))
-    except OSError as error:
-        raise_if_short(f"open {error.filename}", error)
-        return pid
-    return next((tid for tid in others if has_memory(pid, tid)), pid)
+    return next((tid for tid in listed(pid).tids if has_memory(pid, tid)), pid)
 
 
 def has_memory(pid: int, tid: int) -> bool:
