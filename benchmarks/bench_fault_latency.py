@@ -11,6 +11,9 @@ _ANY_CPU = -1
 _P99 = Target("<=", 1.3)
 _PAGES = 8192
 _QUICK_PAGES = 1024
+# Each waits for one page, at the same time.
+_CROWD = 4000
+_QUICK_CROWD = 500
 
 
 def run(setup: Setup) -> Iterator[Row | Skipped]:
@@ -32,6 +35,7 @@ def run(setup: Setup) -> Iterator[Row | Skipped]:
         yield _pair(setup, kind, "native", "reading", cpu, Target("<=", 1.15), name)
         yield _pair(setup, kind, "inline", "sigbus", _ANY_CPU, Target("<=", 1.15))
         yield _pair(setup, kind, "native", "blocking", _ANY_CPU, None)
+    yield _crowd(setup)
 
 
 def _pair(
@@ -55,4 +59,21 @@ def _pair(
         pairs,
         target=target,
         target_p99=_P99 if target else None,
+    )
+
+
+def _crowd(setup: Setup) -> Row:
+    """Compare with a program that answers one fault after the other, as most do."""
+    threads = _QUICK_CROWD if setup.quick else _CROWD
+    where = (threads, threads, _ANY_CPU, _ANY_CPU)
+    pairs = run_pairs(
+        command(setup.programs.fault, "missing", "blocking", *where),
+        setup.member("fault", "missing", "native", *where),
+        setup.rounds,
+    )
+    return latency_row(
+        f"missing faults of {threads:,} threads at once: native / blocking",
+        pairs,
+        target=None if setup.quick else Target("<=", 0.5),
+        unit="ms",
     )

@@ -73,6 +73,7 @@ struct deferred_fault {
 	uint64_t since_ns;	/* retried since then */
 	uint64_t read_ns;
 	uint32_t thread_id;
+	struct late_wakes *late;	/* NULL: wake the thread at once; see crowd.h */
 };
 
 /* Faults to retry, each page and kind once. */
@@ -159,6 +160,7 @@ struct uffd_engine {
 	uint64_t applying;	/* number of the layout event being applied */
 	struct fault_list deferred;	/* the layout was changing */
 	struct fault_list strays;	/* in ranges not served, see stray.c */
+	struct fault_list crowd;	/* read at once, see crowd.h */
 	bool leaves_strays;		/* to the next reader of the descriptors */
 	struct prefetch_job jobs[PREFETCH_JOBS];
 	size_t job_count;

@@ -148,6 +148,7 @@ void uffd_engine_destroy(struct uffd_engine *engine)
 	pthread_mutex_destroy(&engine->registered_lock);
 	uffd_free(engine->deferred.faults);
 	uffd_free(engine->strays.faults);
+	uffd_free(engine->crowd.faults);
 	if (!engine->options.shared)
 		uffd_free(engine->shared);
 	uffd_free(engine);

@@ -53,6 +53,16 @@ static uint64_t mapping_unit(int fd)
 	return BASE_PAGE;
 }
 
+/* mincore(2) calls all of a file cached for who neither owns nor may write it. */
+static bool tells_cached(int fd)
+{
+	struct stat st;
+
+	return fstat(fd, &st) == 0 &&
+	       (st.st_uid == geteuid() ||
+		faccessat(fd, "", W_OK, AT_EACCESS | AT_EMPTY_PATH) == 0);
+}
+
 /*
  * Open the file with O_PATH.  Closing an ordinary descriptor of a network file asks its
  * server, which may never answer; closing this one does not, and it tells the size.
@@ -183,6 +193,7 @@ int uffd_file_open(struct uffd_file *file, int fd, uint64_t offset, uint64_t len
 	if (file->fd < 0)
 		return -errno;
 	file->sealed = is_sealed(fd);
+	file->tells_cached = tells_cached(fd);
 	if (!length)
 		return 0;
 	file->mapped = (length + lead + unit - 1) & ~(unit - 1);

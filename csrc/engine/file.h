@@ -12,6 +12,7 @@ struct uffd_file {
 	int fd;			/* for the file's size; -1: none */
 	struct shared_fd *shared;	/* whose it is; NULL: our own */
 	bool sealed;		/* the file cannot shrink */
+	bool tells_cached;	/* mincore(2) tells what the page cache has of it */
 	uint64_t offset;	/* where in the file the part begins */
 	uint64_t address;	/* where that is mapped */
 	void *mapping;		/* `mapped` bytes; 0: none */

@@ -36,7 +36,7 @@ static enum outcome put_grown(struct uffd_range *piece, uint64_t page, enum uffd
 	if (kind == UFFD_KIND_WP)
 		r = uffd_shim_writeprotect(piece->space->fd, page, piece->page_size, 0);
 	else if (kind == UFFD_KIND_MINOR)
-		r = put_continue(piece, page, piece->page_size, &result);
+		r = put_continue(piece, page, piece->page_size, FILL_MINOR, &result);
 	else
 		r = put_zeros(piece, page, piece->page_size, FILL_MISSING, &result);
 	if (r == -EAGAIN || r == -ENOMEM || (r == 0 && result.deferred))

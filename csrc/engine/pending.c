@@ -8,17 +8,21 @@
 #include "stats.h"
 #include "uffd_shim.h"
 
-/* NULL: out of memory, and the old block is unchanged. */
-static void *grow(void *block, size_t used, size_t size)
+bool fault_list_grow(struct fault_list *list, size_t capacity)
 {
-	void *larger = uffd_alloc(size);
+	struct deferred_fault *larger;
 
+	if (capacity <= list->capacity)
+		return true;
+	larger = uffd_alloc(capacity * sizeof(*larger));
 	if (!larger)
-		return NULL;
-	if (used)
-		memcpy(larger, block, used);
-	uffd_free(block);
-	return larger;
+		return false;
+	if (list->count)
+		memcpy(larger, list->faults, list->count * sizeof(*larger));
+	uffd_free(list->faults);
+	list->faults = larger;
+	list->capacity = capacity;
+	return true;
 }
 
 void remember_fault(struct fault_list *list, const struct deferred_fault *fault)
@@ -28,21 +32,14 @@ void remember_fault(struct fault_list *list, const struct deferred_fault *fault)
 		    list->faults[i].address == fault->address &&
 		    fault_kind(list->faults[i].flags) == fault_kind(fault->flags))
 			return;
-	if (list->count == list->capacity) {
-		size_t capacity = list->capacity ? 2 * list->capacity : 64;
-		struct deferred_fault *larger = grow(list->faults, list->count * sizeof(*larger),
-						     capacity * sizeof(*larger));
-
-		if (!larger) {
-			/* Out of memory: wake the thread, so that the kernel sends it again. */
-			uffd_shim_wake(fault->space->fd, fault->address & ~(BASE_PAGE - 1ull),
-				       BASE_PAGE);
-			return;
-		}
-		list->faults = larger;
-		list->capacity = capacity;
+	if (list->count == list->capacity &&
+	    !fault_list_grow(list, list->capacity ? 2 * list->capacity : 64)) {
+		/* Out of memory: wake the thread, so that the kernel sends it again. */
+		uffd_shim_wake(fault->space->fd, fault->address & ~(BASE_PAGE - 1ull), BASE_PAGE);
+		return;
 	}
-	list->faults[list->count++] = *fault;
+	list->faults[list->count] = *fault;
+	list->faults[list->count++].late = NULL;
 }
 
 void forget_faults_in(struct fault_list *list, const struct uffd_space *space, uint64_t start,

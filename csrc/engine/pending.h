@@ -5,6 +5,8 @@
 
 #include "core.h"
 
+/* Room for so many faults, of which those in the list are kept; false: out of memory. */
+bool fault_list_grow(struct fault_list *list, size_t capacity);
 void remember_fault(struct fault_list *list, const struct deferred_fault *fault);
 static inline void defer_fault(struct uffd_engine *engine, const struct deferred_fault *fault)
 {

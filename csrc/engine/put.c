@@ -49,8 +49,18 @@ static uint64_t continue_mode(const struct uffd_range *range)
 	return range->mode & UFFDIO_REGISTER_MODE_WP ? UFFDIO_CONTINUE_MODE_WP : 0;
 }
 
+static bool is_late(enum fill_for why)
+{
+	return why == FILL_MISSING_LATE || why == FILL_MINOR_LATE;
+}
+
+/* The bit is the same one for all of these; POISON always wakes. */
+_Static_assert(UFFDIO_COPY_MODE_DONTWAKE == UFFDIO_ZEROPAGE_MODE_DONTWAKE &&
+		       UFFDIO_COPY_MODE_DONTWAKE == UFFDIO_CONTINUE_MODE_DONTWAKE,
+	       "modes");
+
 static struct uffd_fill fill_of(const struct uffd_range *range, enum uffd_fill_op op, uint64_t at,
-				uint64_t length, uint64_t source, uint64_t mode)
+				uint64_t length, uint64_t source, uint64_t mode, enum fill_for why)
 {
 	return (struct uffd_fill){
 		.fd = range->space->fd,
@@ -58,9 +68,9 @@ static struct uffd_fill fill_of(const struct uffd_range *range, enum uffd_fill_o
 		.dst = at,
 		.src = source,
 		.length = length,
-		.mode = mode,
+		.mode = mode | (is_late(why) ? UFFDIO_COPY_MODE_DONTWAKE : 0),
 		.page_size = range->page_size,
-		.leaves_waiters = op == UFFD_FILL_COPY && is_huge(range),
+		.leaves_waiters = is_late(why) || (op == UFFD_FILL_COPY && is_huge(range)),
 		.cached_mode = continue_mode(range),
 	};
 }
@@ -121,7 +131,7 @@ int put_zeros(struct uffd_range *range, uint64_t at, uint64_t length, enum fill_
 		struct uffd_fill fill =
 			fill_of(range, by_copy ? UFFD_FILL_COPY : UFFD_FILL_ZERO, at + done,
 				length - done < step ? length - done : step, zeros,
-				by_copy ? copy_mode(range) : 0);
+				by_copy ? copy_mode(range) : 0, why);
 		struct uffd_fill_result part;
 
 		r = fill_from(range, &fill, why, &part);
@@ -133,11 +143,11 @@ int put_zeros(struct uffd_range *range, uint64_t at, uint64_t length, enum fill_
 	return r;
 }
 
-int put_continue(struct uffd_range *range, uint64_t at, uint64_t length,
+int put_continue(struct uffd_range *range, uint64_t at, uint64_t length, enum fill_for why,
 		 struct uffd_fill_result *result_ret)
 {
 	struct uffd_fill fill =
-		fill_of(range, UFFD_FILL_CONTINUE, at, length, 0, continue_mode(range));
+		fill_of(range, UFFD_FILL_CONTINUE, at, length, 0, continue_mode(range), why);
 
 	return uffd_fill_run(&fill, result_ret);
 }
@@ -145,7 +155,7 @@ int put_continue(struct uffd_range *range, uint64_t at, uint64_t length,
 int put_going(struct uffd_range *range, uint64_t page)
 {
 	struct uffd_fill_result result;
-	int r = put_continue(range, page, range->page_size, &result);
+	int r = put_continue(range, page, range->page_size, FILL_MINOR, &result);
 
 	return r == 0 && result.deferred ? -EAGAIN : r;
 }
@@ -181,7 +191,8 @@ static int write_content(const struct uffd_range *range, uint64_t at, uint64_t l
  * to it since are in the cache, so keep it.
  */
 static int put_by_cache(struct uffd_range *range, uint64_t at, uint64_t length,
-			struct cache_writer writer, struct uffd_fill_result *result_ret)
+			struct cache_writer writer, enum fill_for why,
+			struct uffd_fill_result *result_ret)
 {
 	struct uffd_fill_result part;
 	uint64_t done = 0;
@@ -196,7 +207,7 @@ static int put_by_cache(struct uffd_range *range, uint64_t at, uint64_t length,
 		if (r)
 			break;
 		/* A page that is mapped gives EEXIST, and its waiters are woken. */
-		r = put_continue(range, at + done, run ? run : range->page_size, &part);
+		r = put_continue(range, at + done, run ? run : range->page_size, why, &part);
 		result_ret->done += part.done;
 		result_ret->already_present += part.already_present;
 		done += part.done + part.already_present;
@@ -213,11 +224,11 @@ int put_bytes(struct uffd_range *range, uint64_t at, uint64_t length, uint64_t s
 	      enum fill_for why, struct uffd_fill_result *result_ret)
 {
 	struct uffd_fill fill =
-		fill_of(range, UFFD_FILL_COPY, at, length, source, copy_mode(range));
+		fill_of(range, UFFD_FILL_COPY, at, length, source, copy_mode(range), why);
 
 	if (range->content->writes_cache)
 		return put_by_cache(range, at, length, (struct cache_writer){ write_bytes, source },
-				    result_ret);
+				    why, result_ret);
 	return fill_from(range, &fill, why, result_ret);
 }
 
@@ -343,9 +354,10 @@ int put_content(struct uffd_range *range, uint64_t at, uint64_t length, enum fil
 		uffd_overlay_read_around(content->overlay, content_offset(range, at), length);
 	if (content->writes_cache)
 		return put_by_cache(range, at, length, (struct cache_writer){ write_content, 0 },
-				    result_ret);
-	if (why == FILL_MINOR || !(range->mode & UFFDIO_REGISTER_MODE_MISSING))
-		return put_continue(range, at, length, result_ret);
+				    why, result_ret);
+	if (why == FILL_MINOR || why == FILL_MINOR_LATE ||
+	    !(range->mode & UFFDIO_REGISTER_MODE_MISSING))
+		return put_continue(range, at, length, why, result_ret);
 	if (content->kind == UFFD_SOURCE_ZERO || content->kind == UFFD_SOURCE_NONE)
 		return put_zeros(range, at, length, why, result_ret);
 	if (content->overlay)
@@ -359,7 +371,7 @@ int put_content(struct uffd_range *range, uint64_t at, uint64_t length, enum fil
 int poison_pages(struct uffd_range *range, uint64_t at, uint64_t length,
 		 struct uffd_fill_result *result_ret)
 {
-	struct uffd_fill fill = fill_of(range, UFFD_FILL_POISON, at, length, 0, 0);
+	struct uffd_fill fill = fill_of(range, UFFD_FILL_POISON, at, length, 0, 0, FILL_MISSING);
 	int r = uffd_fill_run(&fill, result_ret);
 
 	if (result_ret->done)

@@ -11,11 +11,22 @@ enum fill_for {
 	FILL_MINOR,	/* a minor fault: the page cache holds it */
 	FILL_AHEAD,	/* no fault yet */
 	FILL_CHECKED,	/* the same; the caller looks whether the source's file is long enough */
+	FILL_MISSING_LATE,	/* as FILL_MISSING, but the caller wakes the waiters */
+	FILL_MINOR_LATE,
 };
+
+/* `fault`: NULL: of this thread. */
+static inline enum fill_for fill_for_fault(enum uffd_fault_kind kind,
+					   const struct deferred_fault *fault)
+{
+	if (fault && fault->late)
+		return kind == UFFD_KIND_MINOR ? FILL_MINOR_LATE : FILL_MISSING_LATE;
+	return kind == UFFD_KIND_MINOR ? FILL_MINOR : FILL_MISSING;
+}
 
 int put_zeros(struct uffd_range *range, uint64_t at, uint64_t length, enum fill_for why,
 	      struct uffd_fill_result *result_ret);
-int put_continue(struct uffd_range *range, uint64_t at, uint64_t length,
+int put_continue(struct uffd_range *range, uint64_t at, uint64_t length, enum fill_for why,
 		 struct uffd_fill_result *result_ret);
 /*
  * Map a page that evict() is dropping, while the page cache has it (or -EFAULT).  It is dropped all

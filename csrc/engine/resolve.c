@@ -257,6 +257,7 @@ static enum outcome resolve_absence(struct uffd_range *range, uint64_t page,
 				    enum uffd_fault_kind kind, const struct deferred_fault *fault)
 {
 	struct uffd_fill_result result = { 0 };
+	enum fill_for why;
 	bool put_off;
 	uint8_t was;
 	int r;
@@ -278,6 +279,7 @@ static enum outcome resolve_absence(struct uffd_range *range, uint64_t page,
 	/* Fill it through the page cache, even if that has a hole here. */
 	if (was == UFFD_PAGE_ABSENT && range->content->writes_cache)
 		kind = UFFD_KIND_MINOR;
+	why = fill_for_fault(kind, fault);
 	if (was == UFFD_PAGE_ABSENT && is_lost_when_dropped(range, kind) && !is_zeros(range, page)) {
 		if (atomic_load(&range->space->engine->refusing)) {
 			poison_page(range, page);
@@ -290,13 +292,12 @@ static enum outcome resolve_absence(struct uffd_range *range, uint64_t page,
 			return ask_for(range, page, fault);
 	}
 	if (was == UFFD_PAGE_ABSENT)
-		r = put_content(range, page, range->page_size,
-				kind == UFFD_KIND_MINOR ? FILL_MINOR : FILL_MISSING, &result);
+		r = put_content(range, page, range->page_size, why, &result);
 	else if (kind == UFFD_KIND_MINOR)
-		r = put_continue(range, page, range->page_size, &result);
+		r = put_continue(range, page, range->page_size, why, &result);
 	else
 		/* It was present before: dropped since, or this message is old (EEXIST). */
-		r = put_zeros(range, page, range->page_size, FILL_MISSING, &result);
+		r = put_zeros(range, page, range->page_size, why, &result);
 	return settle_absence(range, page, kind, was, r, &result, fault);
 }
 
@@ -339,7 +340,8 @@ static enum outcome resolve_write_protect(struct uffd_range *range, uint64_t pag
 	 * dirty and unprotected, or as it was before.  Readers of the states wait for us.
 	 */
 	written = may_be_written(range, page, was);
-	r = uffd_shim_writeprotect(range->space->fd, page, range->page_size, 0);
+	r = uffd_shim_writeprotect(range->space->fd, page, range->page_size,
+				   fault && fault->late ? UFFDIO_WRITEPROTECT_MODE_DONTWAKE : 0);
 	uffd_barrier(UFFD_BARRIER_LIFTED);
 	/* The writer may have dropped it since, or somebody mapped it in between. */
 	written = written || may_be_written(range, page, was);

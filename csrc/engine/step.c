@@ -5,6 +5,7 @@
 #include <sys/epoll.h>
 
 #include "barrier.h"
+#include "crowd.h"
 #include "failures.h"
 #include "gate.h"
 #include "layout.h"
@@ -74,15 +75,23 @@ static enum outcome handle_fault(struct uffd_engine *engine, const struct deferr
 		if (engine->options.has_workers && fault->thread_id && kind != UFFD_KIND_WP)
 			end_own_wait(range, page, fault->thread_id);
 		in_line = is_next_in_line(range, page, kind);
+		if (fault->late && (in_line || fault->late->space != fault->space ||
+				    may_block(range, page, kind)))
+			wake_late(fault->late);
 		/* The reader that the newest job was for has gone elsewhere. */
 		if (engine->job_count && !in_line)
 			engine->jobs[engine->job_count - 1].for_reader = false;
 		outcome = in_line ? fill_in_line(range, page, kind, fault)
 				  : resolve_as_leader(range, page, kind, fault);
 		if (outcome == OUTCOME_DISMISSED) {
+			/* The hold keeps the space. */
+			if (fault->late)
+				wake_late(fault->late);
 			let_go(table, shard, hold);
 			return outcome;
 		}
+		if (fault->late && (outcome == OUTCOME_RESOLVED || outcome == OUTCOME_PRESENT))
+			wake_later(fault->late, range->space, page, range->page_size);
 		if (outcome == OUTCOME_RESOLVED && !in_line)
 			plan_prefetch(range, page, kind);
 		/*
@@ -113,7 +122,10 @@ void retry_deferred(struct uffd_engine *engine)
 	size_t total = list->count, kept = 0;
 	uint32_t phase = begin_work(engine);
 	enum outcome outcome = OUTCOME_RESOLVED;
+	struct late_wakes late = late_wakes_for(total);
 
+	if (total >= CROWD)
+		sort_faults(list->faults, total);
 	for (size_t i = 0; i < total; i++) {
 		struct deferred_fault fault = list->faults[i];
 		bool last_try, waits = is_paused(engine);
@@ -128,14 +140,18 @@ void retry_deferred(struct uffd_engine *engine)
 		last_try = now > higher(fault.since_ns, atomic_load(&engine->pause.ended_ns)) +
 				 engine->options.retry_limit_ns;
 		count(engine, COUNTER(retried), 1);
+		fault.late = total < CROWD ? NULL : &late;
 		outcome = handle_fault(engine, &fault, last_try);
 		if (outcome == OUTCOME_DISMISSED)
 			break;
+		fault.late = NULL;
 		if (outcome == OUTCOME_DEFER)
 			list->faults[kept++] = fault;
 	}
-	if (outcome != OUTCOME_DISMISSED)
+	if (outcome != OUTCOME_DISMISSED) {
+		wake_late(&late);
 		list->count = kept;
+	}
 	end_work(engine, phase);
 }
 
@@ -184,13 +200,76 @@ static void note_read(struct uffd_space *space)
 	space->is_put_off = false;
 }
 
+static struct deferred_fault fault_of(struct uffd_space *space, const struct uffd_msg *message,
+				      uint64_t now)
+{
+	return (struct deferred_fault){
+		.space = space,
+		.address = message->arg.pagefault.address,
+		.flags = message->arg.pagefault.flags,
+		.since_ns = now,
+		.read_ns = now,
+		.thread_id = message->arg.pagefault.ptid,
+	};
+}
+
+/* Bring the faults of many messages in order; false: they are few, or there is no memory. */
+static bool gather_crowd(struct uffd_space *space, size_t queued, uint64_t now)
+{
+	struct fault_list *crowd = &space->engine->crowd;
+
+	crowd->count = 0;
+	if (queued < CROWD || !fault_list_grow(crowd, queued))
+		return false;
+	for (size_t i = 0; i < queued; i++) {
+		const struct uffd_msg *message = &space->engine->shared->log.messages[i];
+
+		if (message->event == UFFD_EVENT_PAGEFAULT)
+			crowd->faults[crowd->count++] = fault_of(space, message, now);
+	}
+	sort_faults(crowd->faults, crowd->count);
+	return true;
+}
+
+/* Returns false if the leader was dismissed. */
+static bool handle_faults(struct uffd_space *space, size_t queued)
+{
+	struct uffd_engine *engine = space->engine;
+	uint64_t now = uffd_now_ns();
+	bool is_crowd = gather_crowd(space, queued, now);
+	size_t total = is_crowd ? engine->crowd.count : queued;
+	struct late_wakes late = late_wakes_for(total);
+
+	for (size_t i = 0; i < total; i++) {
+		const struct uffd_msg *message = &engine->shared->log.messages[i];
+		struct deferred_fault fault;
+		enum outcome outcome;
+
+		if (!is_crowd && message->event != UFFD_EVENT_PAGEFAULT)
+			continue;
+		fault = is_crowd ? engine->crowd.faults[i] : fault_of(space, message, now);
+		fault.late = is_crowd ? &late : NULL;
+		if (is_paused(engine)) {
+			defer_fault(engine, &fault);
+			continue;
+		}
+		outcome = handle_fault(engine, &fault, false);
+		if (outcome == OUTCOME_DISMISSED)
+			return false;
+		if (outcome == OUTCOME_DEFER) {
+			count(engine, COUNTER(deferred), 1);
+			defer_fault(engine, &fault);
+		}
+	}
+	wake_late(&late);
+	return true;
+}
+
 /* Returns false if the leader was dismissed. */
 static bool step_space(struct uffd_space *space, uint32_t *handled)
 {
 	struct uffd_engine *engine = space->engine;
 	int64_t queued = drain_and_apply(space);
-	enum outcome outcome;
-	uint64_t now;
 
 	if (is_passing((int)queued)) {
 		put_off(space, (int)queued);
@@ -207,32 +286,8 @@ static bool step_space(struct uffd_space *space, uint32_t *handled)
 	if (queued <= 0)
 		return true;
 	uffd_barrier(UFFD_BARRIER_STEP_APPLIED);
-	now = uffd_now_ns();
-	for (int64_t i = 0; i < queued; i++) {
-		const struct uffd_msg *message = &engine->shared->log.messages[i];
-		struct deferred_fault fault = {
-			.space = space,
-			.address = message->arg.pagefault.address,
-			.flags = message->arg.pagefault.flags,
-			.since_ns = now,
-			.read_ns = now,
-			.thread_id = message->arg.pagefault.ptid,
-		};
-
-		if (message->event != UFFD_EVENT_PAGEFAULT)
-			continue;
-		if (is_paused(engine)) {
-			defer_fault(engine, &fault);
-			continue;
-		}
-		outcome = handle_fault(engine, &fault, false);
-		if (outcome == OUTCOME_DISMISSED)
-			return false;
-		if (outcome == OUTCOME_DEFER) {
-			count(engine, COUNTER(deferred), 1);
-			defer_fault(engine, &fault);
-		}
-	}
+	if (!handle_faults(space, (size_t)queued))
+		return false;
 	count(engine, COUNTER(messages), (uint64_t)queued);
 	*handled += (uint32_t)queued;
 	return true;

@@ -47,6 +47,8 @@ from tests.process._process_sources import PAGE, content
 from tests.process.test_process_driver import LENGTH, gone, processes, serve, stopped
 
 WAIT_S = 20.0
+# Threads; more than in csrc/engine/crowd.h.
+CROWD = 100
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -563,6 +565,29 @@ def unmapping_to_come() -> None:
         assert other.read() == content(6 * PAGE)[4 * PAGE :]
 
 
+def crowd_in_hand() -> None:
+    """Pages of many threads are in place, and the thread that was to wake them dies."""
+    with held_worker(Feature(0)) as (handler, _, points):
+        Path("file").write_bytes(content((CROWD + 1) * PAGE))
+        with Region.anonymous((CROWD + 1) * PAGE) as region:
+            handler.serve(region, FileSource("file"))
+            points.arm(Point.FAULT_WOKEN)
+            region.touch(CROWD * PAGE, 1)
+            points.wait(Point.FAULT_WOKEN)
+            tasks = [Task(region.read, page * PAGE, PAGE) for page in range(CROWD)]
+            wait_for_stalled(handler.uffd, CROWD)
+            points.arm(Point.STEP_APPLIED)
+            points.release(Point.FAULT_WOKEN)
+            points.wait(Point.STEP_APPLIED)
+            points.arm(Point.FAULT_WOKEN)
+            points.release(Point.STEP_APPLIED)
+            points.wait(Point.FAULT_WOKEN)
+            kill_worker(handler)
+            for page, task in enumerate(tasks):
+                assert task.result() == content((page + 1) * PAGE)[-PAGE:]
+            handler.unserve(region)
+
+
 CHECKS: dict[Callable[[], None], Feature] = {
     faults_wait: Feature(0),
     held_faults: Feature(0),
@@ -582,6 +607,7 @@ CHECKS: dict[Callable[[], None], Feature] = {
     fork_in_hand: LAYOUT | Feature.EVENT_FORK,
     fork_in_two_hands: LAYOUT | Feature.EVENT_FORK,
     unmapping_to_come: LAYOUT,
+    crowd_in_hand: Feature(0),
 }
 
 

@@ -58,6 +58,7 @@ FLOORS = [
     {"engine/core"},
     {"engine/stats", "engine/gate", "engine/page_table", "engine/report"},
     {
+        "engine/crowd",
         "engine/failures",
         "engine/pause",
         "engine/say",
