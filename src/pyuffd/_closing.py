@@ -10,6 +10,7 @@ from typing import ClassVar, NoReturn, Self, TypeVar
 
 from pyuffd._describe import described, text_of
 from pyuffd._dropped import close_dropped
+from pyuffd._latch import RLock
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +94,67 @@ class Closing(SoleOwner):
             if exc is None:
                 raise
             attach(exc, error, self._failed)
+
+
+class CloseSteps:
+    """The steps by which an object is closed, the newest first.
+
+    A step is forgotten when it has been done. So if a signal handler raises inside `close`, the
+    next `close` continues with the step that was interrupted, which must bear being done again.
+    (`contextlib.ExitStack` forgets a step before it begins.) In a `with` statement it closes what
+    was made if the block raises, and does nothing otherwise.
+
+    Threads: safe; a second one waits for the first.
+    """
+
+    def __init__(self) -> None:
+        self._left: list[Callable[[], object]] = []
+        self._lock = RLock()
+
+    def __bool__(self) -> bool:
+        """Whether there is something to be done."""
+        return bool(self._left)
+
+    def add(self, step: Callable[[], object]) -> None:
+        """Do `step` when closing begins, before the steps that were added earlier."""
+        self._left.append(step)
+
+    def close(self) -> None:
+        """Do what is left, then raise the first error.
+
+        A step that raises an Exception is done once more: the exception was a signal handler's, or
+        the step has failed, and is given up. What is no Exception ends this call.
+        """
+        first: Exception | None = None
+        with self._lock:
+            while self._left:
+                step = self._left[-1]
+                try:
+                    step()
+                except Exception as error:
+                    first = first or error
+                    with suppress(Exception):
+                        step()
+                with suppress(ValueError):  # a signal handler called this and has done it
+                    self._left.remove(step)
+        if first is not None:
+            raise first
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if exc is None:
+            return
+        try:
+            self.close()
+        except Exception as error:
+            attach(exc, error, "closing what was made failed")
 
 
 class CloseCallbacks(Closing):

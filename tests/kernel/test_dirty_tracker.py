@@ -5,9 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import sys
 from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import Any
 
 import numpy
@@ -30,8 +28,6 @@ from pyuffd import (
 from pyuffd import _dirty_calls as calls
 from pyuffd._dirty_calls import Track, TrackedRows
 from pyuffd.dirty import Mapped, Unmapped, _async, _rows
-from pyuffd.remote import _pinned
-from pyuffd.remote._pinned import Pinned
 from pyuffd.testing import needs
 from pyuffd.testing._needs import needs_kernel_faults
 from tests._child import run_child
@@ -41,9 +37,6 @@ from tests.kernel._dirty_oracle import ANON, MAP_FIXED, MREMAP_MAYMOVE_FIXED, ca
 
 pytestmark = needs(Feature.WP_ASYNC | Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM)
 FIXED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10
-# Modules of a tracker, in which its constructor is interrupted.
-STEPS_OF = {"pyuffd.dirty._tracker", "pyuffd.dirty._async"}
-MOST_STEPS = 1000
 READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 
 
@@ -406,53 +399,6 @@ def test_a_userfaultfd_and_its_ranges() -> None:
         with Userfaultfd() as other:
             other.register(region)
             other.unregister(region)
-
-
-class _InterruptedError(BaseException):
-    """What a signal handler raises."""
-
-
-def interrupt(step: int) -> Callable[[FrameType, str, object], None]:
-    """Return a profile function that raises at a step of the modules that make a tracker."""
-    left = [step]
-
-    def profile(frame: FrameType, event: str, argument: object) -> None:
-        if frame.f_globals["__name__"] not in STEPS_OF:
-            return
-        if (event, frame.f_code.co_qualname) == ("return", "DirtyTracker.__init__"):
-            return  # it is made
-        left[0] -= 1
-        if left[0] < 0:
-            raise _InterruptedError(f"{event} at {frame.f_code.co_qualname}:{frame.f_lineno}")
-
-    return profile
-
-
-def test_a_userfaultfd_has_nothing_registered_if_the_constructor_raises(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """At each call of the constructor, and at each return from one."""
-    monkeypatch.setattr(_pinned, "look", lambda _: Pinned([], False))  # which is slow, and may wait
-    features = Feature.WP_ASYNC | Feature.WP_UNPOPULATED
-    last = ""
-    with Userfaultfd(features=features) as uffd, Region.anonymous(4 * PAGE) as region:
-        DirtyTracker(uffd, [region]).close()
-        for step in range(MOST_STEPS):
-            sys.setprofile(interrupt(step))
-            try:
-                tracker = DirtyTracker(uffd, [region])
-            except _InterruptedError as error:
-                last = str(error)
-            else:
-                sys.setprofile(None)
-                tracker.close()
-                break
-            finally:
-                sys.setprofile(None)
-            assert not uffd._registered, last
-            (vma,) = _vmas.overlapping(region.start, region.start + PAGE, details=True)
-            assert "uw" not in vma.flags, last
-        assert MOST_STEPS > step > 20
 
 
 @pytest.mark.parametrize("is_split", [False, True])

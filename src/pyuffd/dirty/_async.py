@@ -109,8 +109,7 @@ class AsyncMethod:
         return Row(mapping, track)
 
     def _set_rows(self, rows: list[Row]) -> None:
-        self._rows = rows
-        self._tracked = self._packed(rows)
+        self._rows, self._tracked = rows, self._packed(rows)  # both, wherever a signal comes
 
     def _packed(self, rows: Iterable[Row]) -> calls.TrackedRows:
         fd = self._uffd.fileno()
@@ -390,11 +389,15 @@ class AsyncMethod:
         return found
 
     def close(self) -> None:
-        """Unregister what was registered: closing a userfaultfd does it for all at once."""
+        """Unregister what was registered: closing a userfaultfd does it for all at once.
+
+        May be called again, also if it was interrupted.
+        """
         if not self._uffd.closed:  # by its owner
             if not self._is_armed:
                 refused = dict(self._tracked.errors())
                 self._set_rows([row for i, row in enumerate(self._rows) if i not in refused])
+                self._is_armed = True  # as far as it goes, for the next close()
             self._tracked.unregister()
             if self._is_borrowed:
                 self._unregister_parts([self._rows[i] for i, _ in self._tracked.errors()])

@@ -8,13 +8,13 @@ import time
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
-from typing import Literal, Protocol
+from functools import partial
+from typing import Literal, Protocol, TypeVar
 
 from pyuffd import _dirty_calls as calls
 from pyuffd._abi import Feature
 from pyuffd._arguments import check_bools, shown
-from pyuffd._closing import Closing
+from pyuffd._closing import CloseSteps, Closing
 from pyuffd._dropped import close_dropped
 from pyuffd._errors import ClosedError, UffdError, UnsupportedFeatureError, raise_errno
 from pyuffd._fork_lock import ForkLock
@@ -57,6 +57,13 @@ class _Method(Protocol):
     def blind(self) -> list[Blind]: ...
 
     def close(self) -> None: ...
+
+
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+_T = TypeVar("_T", bound=_Closable)
 
 
 class DirtyTracker(Closing):
@@ -139,28 +146,29 @@ class DirtyTracker(Closing):
         # The snapshot since which everything is reported; a commit of anybody else ends that.
         self._snapshot: str | None = None
         self._pinned: memoryview = calls.NO_RANGES
-        with ExitStack() as stack:
-            process, uffd, scope = self._parts(target, ranges, method, stack)
+        self._is_open = False
+        self._steps = CloseSteps()
+        with self._steps:
+            process, uffd, scope = self._parts(target, ranges, method)
             self._process = process
             self._uffd = uffd
             self._scope = scope
-            watch = self._watch(target, stack) if watch_drops else None
+            watch = self._watch(target) if watch_drops else None
             is_borrowed = isinstance(target, Userfaultfd)
             self._method = self._made(process, uffd, scope, watch, is_borrowed=is_borrowed)
-            stack.callback(self._method.close)
+            self._steps.add(self._method.close)
             self._method.arm()
             self._pinned = self._pins_at_first()
             self._since = time.monotonic()
-            self._open: ExitStack | None = stack.pop_all()
+            self._is_open = True
 
     def _parts(
         self,
         target: object,
         ranges: Iterable[RangeLike] | None,
         method: MethodName,
-        stack: ExitStack,
     ) -> tuple[Process, Userfaultfd, Sequence[_rows.Span] | None]:
-        """Return process, userfaultfd and scope; what is made here is closed by `stack`."""
+        """Return process, userfaultfd and scope; what is made here is closed by `_steps`."""
         if isinstance(target, Process):
             self.method, self.reason = _chosen(method, _async.supported())
             features = _wanted(self.method) & _offered(self.method)
@@ -169,7 +177,7 @@ class DirtyTracker(Closing):
                 ranges = tuple(ranges)
                 scope = _rows.spans_of(ranges, "track")
                 _rows.refuse_own_memory(target, ranges)
-            return target, stack.enter_context(target.attach(features)), scope
+            return target, self._owned(target.attach(features)), scope
         if isinstance(target, Userfaultfd):
             if ranges is None:
                 raise ValueError(f"{target!r} needs ranges=: which memory is to be tracked?")
@@ -179,16 +187,19 @@ class DirtyTracker(Closing):
                 )
             self.method, self.reason = _chosen(method, target.features, of_uffd=True)
             scope = _rows.spans_of(ranges, "track")
-            stack.callback(self._leave, target)
+            self._steps.add(partial(self._leave, target))
             self._claim(target, scope)
-            return stack.enter_context(Process(target.owner_pid)), target, scope
+            return self._owned(Process(target.owner_pid)), target, scope
         if ranges is not None:
             raise ValueError("ranges= goes with a Userfaultfd or a Process")
         scope = _rows.spans_of_target(target, "track")
         self.method, self.reason = _chosen(method, _async.supported())
-        process = stack.enter_context(Process(os.getpid()))
-        uffd = stack.enter_context(_own_uffd(self.method))
-        return process, uffd, scope
+        process = self._owned(Process(os.getpid()))
+        return process, self._owned(_own_uffd(self.method)), scope
+
+    def _owned(self, made: _T) -> _T:
+        self._steps.add(made.close)
+        return made
 
     def _claim(self, uffd: Userfaultfd, scope: Sequence[_rows.Span]) -> None:
         """Note what is tracked with a userfaultfd; of two trackers each would miss writes."""
@@ -214,7 +225,7 @@ class DirtyTracker(Closing):
             if claims is not None:
                 claims.pop(self, None)
 
-    def _watch(self, target: object, stack: ExitStack) -> DropWatch | None:
+    def _watch(self, target: object) -> DropWatch | None:
         """Return a watch. It has a userfaultfd of its own, so that only drops that need it wait."""
         if self.method != "wp-async":
             return None  # the engine reads these events anyway
@@ -225,9 +236,7 @@ class DirtyTracker(Closing):
             uffd = target.attach(features)
         else:
             uffd = Userfaultfd(features=features, user_mode_only=True)
-        watch = DropWatch(self._process, stack.enter_context(uffd))
-        stack.callback(watch.close)
-        return watch
+        return self._owned(DropWatch(self._process, self._owned(uffd)))
 
     def _made(
         self,
@@ -363,18 +372,20 @@ class DirtyTracker(Closing):
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
-        return self._open is None
+        return not self._is_open
 
     def close(self) -> None:
         """Lift the protection and unregister; the target continues at full speed.
+
+        If a signal handler raises meanwhile, the next call continues.
 
         GIL: released.  Threads: safe.  Blocks: until a `collect` of another thread is over, and
             with "wp-sync" until its handler has stopped.
         """
         with self._turn("close()"):
-            stack, self._open = self._open, None
-        if stack is not None and self._maker == os.getpid():
-            stack.close()
+            self._is_open = False
+        if self._maker == os.getpid():
+            self._steps.close()
 
     def _turn(self, what: str) -> RLock:
         """Return the lock, for a `with` statement; refuse a call inside another one."""
@@ -389,15 +400,17 @@ class DirtyTracker(Closing):
         self._check_open()
 
     def _check_open(self) -> None:
-        if self._open is None:
+        if not self._is_open:
             raise ClosedError("this tracker is closed")
         if self._maker != os.getpid():
             raise ClosedError(f"this tracker belongs to process {self._maker}, not to its fork")
 
     def __del__(self) -> None:
-        if getattr(self, "_open", None) is not None and self._maker == os.getpid():
+        if not getattr(self, "_steps", None) or self._maker != os.getpid():
+            return
+        if self._is_open:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
-            close_dropped(self.close)
+        close_dropped(self.close)
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else self.method
