@@ -111,8 +111,7 @@ class Engine(EnginePages, EngineReports):
         code = lib.uffd_engine_create(options, self.life.place, call)
         if code:
             raise_start_error("make a fault engine", -code, _name(call))
-        # Each call holds a reference to the pointer, so the memory is freed after the last call.
-        self._pointer = ffi.gc(self.life.place[0], self.life.pointer_is_gone)
+        self._pointer = self.life.pointer()
         self._inline = inline
         self._leave_by = math.inf  # when threads that a source still blocks are left
         self._owner_pid = owner_pid

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from typing import Any, NamedTuple
 
 from pyuffd import _left
@@ -24,12 +25,19 @@ class EngineLife:
     def __init__(self) -> None:
         self.place = ffi.new("struct uffd_engine **")  # C notes the engine here
         self.is_over = False  # no call is inside, and none will come
-        self._is_owned = self._is_finalized = self._is_freed = False
+        self._is_owned = self._is_freed = False
+        self._pointer: weakref.ref[Any] | None = None
         self._lock = RLock()
         # Modules may be gone before a destructor runs.
-        self._discard = lib.uffd_engine_discard
         self._tidy = _left.tidy
         self._is_exiting = sys.is_finalizing
+        self._discard = lib.uffd_engine_discard  # last: the destructor needs all of these
+
+    def pointer(self) -> Any:
+        """Return the pointer for calls; each holds a reference, and the last one lets it end."""
+        pointer = ffi.gc(self.place[0], self._pointer_is_gone)
+        self._pointer = weakref.ref(pointer)
+        return pointer
 
     def own(self) -> None:
         """Note that somebody will call `let_go`."""
@@ -38,18 +46,22 @@ class EngineLife:
     def let_go(self) -> None:
         """Note that the owner makes no more calls; other threads may be inside one."""
         self._is_owned = False
-        if self._is_finalized:
+        if self._is_let_go():
             self._end()
 
-    def pointer_is_gone(self, pointer: object) -> None:
-        """Note that the last pointer to it is gone."""
+    def _pointer_is_gone(self, pointer: object) -> None:
+        # Python drops an exception that a signal handler raises in here: so nothing is only noted
+        # here, and `free_if_deserted` looks again.
         del pointer
-        self._is_finalized = True
-        if not self._is_owned:
+        if self._is_let_go():
             self._end()
+
+    def _is_let_go(self) -> bool:
+        """Whether nobody owns it, and no call can be made."""
+        is_gone = self._pointer is not None and self._pointer() is None
+        return is_gone and not self._is_owned
 
     def _end(self) -> None:
-        self.is_over = True
         # The last pointer may go long after the handler's end: free-threaded Python lets the thread
         # that made it drop what another one released, when it runs Python code again.
         if self.free_if_deserted():
@@ -61,12 +73,15 @@ class EngineLife:
         if self._is_exiting() and not self._lock.acquire(blocking=False):
             return False
         with self._lock:
+            if not self.is_over:
+                self.is_over = self._is_let_go()
             if self.is_over and not self._is_freed:
                 self._is_freed = bool(self._discard(self.place))
             return self._is_freed
 
     def __del__(self) -> None:
         if hasattr(self, "_discard") and not self._is_owned:
+            self.is_over = True
             self._end()
 
 
