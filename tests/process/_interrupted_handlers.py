@@ -298,6 +298,18 @@ def protect(at: Interrupter) -> None:
             assert bytes(kept) == CONTENT * PAGES
 
 
+def release_faults(at: Interrupter) -> None:
+    """The second release() does what the first has left, long before the limit."""
+    with Userfaultfd() as uffd, Region.anonymous(PAGES * PAGE) as region, Handler(uffd) as handler:
+        handler.serve(region, BufferSource(CONTENT * PAGES))
+        hold = handler.hold(4 * HANGS_S)
+        with at.armed():
+            hold.release()
+        hold.release()
+        assert not hold.expired
+        Reader(region, PAGE).check()
+
+
 DRIVERS: tuple[Driver, ...] = ("native", "inline", "thread", "process", "auto")
 PARTS = ("make", "serve", "start", "populate", "unserve", "stop")
 KINDS: tuple[tuple[Driver, str], ...] = (
@@ -335,4 +347,5 @@ HANDLERS: dict[str, Scenario] = {
     "userfaultfd-closed": close_userfaultfd_under_its_handler,
     "second-closed": close_second_userfaultfd,
     "protect": protect,
+    "release": release_faults,
 }

@@ -249,9 +249,9 @@ class LazyPages(Closing):
         """Stop now, and remove the socket."""
         self.stop(now=True)
         self._listener.close()
-        spare, self._spare = self._spare, None
-        if spare is not None:
-            spare.close()
+        if self._spare is not None:
+            self._spare.close()
+            self._spare = None
         if self._broker is not None:
             self._broker.close()
         for descriptor in (self._ended, self._refusing, self._folder):

@@ -41,6 +41,7 @@ class Hold(Closing):
         self._limit_at = time.monotonic() + limit_s
         self._engine: Backend | None = engine
         self._lock = RLock()
+        self._is_begun = False  # the release
         self.expired: bool = False
         try:
             self._token = engine.pause(int(limit_s * 1e9))
@@ -65,22 +66,29 @@ class Hold(Closing):
                 says whether the limit came first, the handler was stopped, or its worker process
                 was lost.
         """
-        with self._lock:
-            engine, self._engine = self._engine, None
-        if engine is None:
-            return
         lost: HelperLostError | None = None
-        try:
-            self.expired = not engine.resume(self._token)
-        except ClosedError:  # it stopped meanwhile
-            self.expired = True
-        except HelperLostError as error:
-            self.expired, lost = True, error
+        with self._lock:
+            engine = self._engine
+            if engine is None:
+                return
+            # A call that a signal handler's exception has ended may have released them.
+            was_begun, self._is_begun = self._is_begun, True
+            try:
+                is_released = engine.resume(self._token)
+                self.expired = not (is_released or (was_begun and self._is_in_time()))
+            except ClosedError:  # it stopped meanwhile
+                self.expired = True
+            except HelperLostError as error:
+                self.expired, lost = True, error
+            self._engine = None
         if self.expired:
             raise HandlerError(
                 "faults were to be held, and were not to the end of the block:"
                 f" {self._why(is_remote=engine.is_remote, lost=lost)}"
             )
+
+    def _is_in_time(self) -> bool:
+        return time.monotonic() < self._limit_at
 
     def _cut_by_stop(self) -> float | None:
         """Return when the handler was stopped, if that came before the limit."""
@@ -96,7 +104,7 @@ class Hold(Closing):
             )
         if lost is not None:
             return str(lost)
-        if is_remote and time.monotonic() < self._limit_at:
+        if is_remote and self._is_in_time():
             return "its worker process was replaced, and the new one holds none"
         return (
             f"they were resolved again after {self._limit_s:g} s: ask for a longer limit_s, or do"
