@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,15 @@ def two() -> Iterator[tuple[Snapshot, Snapshot]]:
 def restored(snapshot: Snapshot, region: Region, mode: Mode) -> None:
     with snapshot.restore([(START, region)], mode=mode) as restore:
         assert restore.wait(10)
+
+
+def test_a_complete_memfd_is_sealed() -> None:
+    """Nothing can write to what later restores map."""
+    with two() as (old, _), Region.anonymous(PAGES * PAGE) as region:
+        restored(old, region, "minor")
+        (share,) = old._all_shares._known.values()  # type: ignore[union-attr]
+        assert share._sealed is not None
+        assert fcntl.fcntl(share._sealed.number, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE
 
 
 # After "complete", no page of the memory was touched: its memfd has everything.

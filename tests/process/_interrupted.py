@@ -25,7 +25,7 @@ from pyuffd._stdio import STDIO
 from pyuffd.handover import connect_unix, listen_unix, recv_uffd, send_uffd
 from pyuffd.snapshot._format import NUMBERS, RunState
 from tests.process._interrupted_handlers import HANDLERS
-from tests.process._interrupted_targets import TARGETS
+from tests.process._interrupted_targets import RESTORES, TARGETS
 from tests.process._interruptions import LARGE, MARK, Interrupter, Scenario, main
 
 PAGE = 4096
@@ -271,7 +271,8 @@ OBJECTS: list[Scenario] = [
     open_file_source,
     refuse_file_source,
 ]
-SCENARIOS: dict[str, Scenario] = {one.__name__: one for one in OBJECTS + TARGETS} | HANDLERS
+SCENARIOS: dict[str, Scenario] = {one.__name__: one for one in OBJECTS + TARGETS}
+SCENARIOS |= HANDLERS | RESTORES
 
 if __name__ == "__main__":
     main(SCENARIOS)

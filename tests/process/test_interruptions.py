@@ -26,6 +26,8 @@ QUICK = [name for name in SCENARIOS if name not in HELPERS]
 STOPS = ["native-stop", "thread-stop", "native-waiting", "thread-waiting"]
 HELPER_STOPS = ["process-stop", "process-waiting"]
 SOME_RUNS = {"native-with": 60, "thread-with": 60, "process-with": 3, "stop_process": 40}
+# About every 20th of the places that are not in `Process`, and every 10th.
+MORE_PLACES = {"track_by_own_userfaultfd": 40, "close_tracker": 12}
 MANY_RUNS = 1000
 MANY_HELPER_RUNS = 100
 BUDGET_S = 60.0
@@ -73,6 +75,12 @@ def test_helpers_at_some_places() -> None:
     chance = random.Random(SEED)
     tried = [(chance.choice(HELPERS), how) for how in HOWS]
     run_child(interrupt, tried, SEED, 1, budget_s=BUDGET_S)
+
+
+@pytest.mark.parametrize("name", marked(MORE_PLACES))
+def test_at_more_places(name: str) -> None:
+    tried = [(name, how) for how in HOWS]
+    run_child(interrupt, tried, SEED, MORE_PLACES[name], budget_s=BUDGET_S)
 
 
 @pytest.mark.stress

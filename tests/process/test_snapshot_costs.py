@@ -164,6 +164,7 @@ def test_who_fills_in_the_background_lets_others_go_first() -> None:
         return 0
 
     drain = Drain(work, lambda: None, pieces(), threads=1, held=True)
+    drain.start()
     assert asked == [0]
     drain.hold(False)
     assert drain.wait(10 * SCALE)
@@ -195,6 +196,7 @@ def test_while_faults_come_one_thread_fills() -> None:
         return 0
 
     drain = Drain(work, lambda: None, range(100), threads=2, held=True, faults=faults)
+    drain.start()
     assert drain.first([at_once, at_once]).wait(10 * SCALE)
     drain.hold(False)
     assert drain.wait(10 * SCALE)

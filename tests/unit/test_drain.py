@@ -21,6 +21,7 @@ def test_what_is_first_has_the_priority_of_the_program() -> None:
 
     own = os.getpriority(os.PRIO_PROCESS, 0)
     drain = Drain(note, lambda: None, ["piece"], threads=1, held=True)
+    drain.start()
     assert drain.first([lambda: note("first")] * 2).wait(10)
     drain.hold(False)
     assert drain.wait(10)
@@ -45,6 +46,7 @@ def test_one_thread_does_the_first_job(monkeypatch: pytest.MonkeyPatch) -> None:
         return 0
 
     drain = Drain(work, lambda: None, range(4), threads=3)
+    drain.start()
     assert began.wait(10)
     assert len(drain._threads) == 1
     go_on.set()
@@ -66,6 +68,7 @@ def test_an_end_before_the_others_start(how: str) -> None:
 
     pieces = range(0 if how == "nothing" else 4)
     drain = Drain(work, lambda: finished.append(True), pieces, threads=3, paused=how == "stopped")
+    drain.start()
     if how == "stopped":
         drain.stop()
     elif how == "fails":

@@ -96,6 +96,9 @@ class Drain(Generic[T]):
         self._running = max(1, min(threads, len(self._pieces) or 1))
         self.error: BaseException | None = None
         self._threads = [self._thread(0)]
+
+    def start(self) -> None:
+        """Begin; whoever calls this can stop it, also if a signal handler raises meanwhile."""
         # It starts the others: each start waits until the thread runs, and so would the caller. It
         # does one piece before: the program that has just got the memory needs a CPU and the
         # interpreter's lock then, and the thread that answers its first faults needs a CPU too.
@@ -187,7 +190,8 @@ class Drain(Generic[T]):
             self._stopped = self._stopped or not self._ended.is_set()
             self._changed.notify_all()
         for thread in self._threads:  # those that the first one still starts are added
-            if thread is not threading.current_thread():
+            # One that is about to start sees that it is to stop.
+            if thread is not threading.current_thread() and thread.ident is not None:
                 thread.join()
 
     # Threads

@@ -9,10 +9,10 @@ import threading
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
-from pyuffd._closing import Closing
+from pyuffd._closing import CloseSteps, Closing
 from pyuffd._errors import SnapshotFormatError, raise_if_short
 from pyuffd._latch import RLock
 from pyuffd._owned import Descriptor
@@ -72,16 +72,17 @@ class Image(Closing):
         self._chunks: OrderedDict[int, bytes] = OrderedDict()
         self._good: set[int] = set()  # chunks that were compared with their checksums, by start
         self._last: SnapshotRun | None = None
-        self._holds, self._closes, self._holding = 0, False, RLock()
-        with ExitStack() as stack:
-            folder = stack.enter_context(open_directory(self.path))
+        self._holders = WeakSet[object]()
+        self._closes, self._holding = False, RLock()
+        self._steps = CloseSteps()
+        with self._steps, open_directory(self.path) as folder:
             raw = _read(folder, self.path, MANIFEST, MANIFEST_MOST)
             self.manifest: dict[str, Any] = unseal(self._place(MANIFEST), raw)
             self.manifest_sha256 = hashlib.sha256(raw).hexdigest()
-            self._pages = stack.enter_context(_file(folder, self.path, PAGES))
+            self._pages = self._owned(_file(folder, self.path, PAGES))
             self._notes: Descriptor | None = None
             if self.manifest.get("notes_sha256") is not None:
-                self._notes = stack.enter_context(_file(folder, self.path, NOTES))
+                self._notes = self._owned(_file(folder, self.path, NOTES))
             try:
                 self._read_tables(folder)
             except (KeyError, TypeError, ValueError) as error:
@@ -93,8 +94,12 @@ class Image(Closing):
             if (parent := self.manifest["parent"]) is not None:
                 if depth >= _DEPTH_MOST:
                     raise SnapshotFormatError(self.path, "too many parents")
-                self.parent = stack.enter_context(self._find(parent, depth + 1))
-            self._open: ExitStack | None = stack.pop_all()
+                self.parent = self._find(parent, depth + 1)
+                self._steps.add(self.parent.close)
+
+    def _owned(self, made: Descriptor) -> Descriptor:
+        self._steps.add(made.close)
+        return made
 
     def _place(self, name: str) -> str:
         return os.path.join(self.path, name)
@@ -333,17 +338,17 @@ class Image(Closing):
     @property
     def closed(self) -> bool:
         """Whether it is closed."""
-        return self._open is None or self._closes
+        return self._closes
 
-    def hold(self) -> None:
+    def hold(self, holder: object) -> None:
         """Keep the files open until `let_go`, also after `close`."""
         with self._holding:
-            self._holds += 1
+            self._holders.add(holder)
 
-    def let_go(self) -> None:
-        """Undo a `hold`."""
+    def let_go(self, holder: object) -> None:
+        """Undo a `hold`; may be called again."""
         with self._holding:
-            self._holds -= 1
+            self._holders.discard(holder)
             if self._closes:
                 self._close_unless_held()
 
@@ -354,11 +359,8 @@ class Image(Closing):
             self._close_unless_held()
 
     def _close_unless_held(self) -> None:
-        if self._holds:
-            return
-        stack, self._open = self._open, None
-        if stack is not None:
-            stack.close()
+        if not self._holders:
+            self._steps.close()
 
 
 _ROOMS = 3  # of a thread: what it uses, what it reads, and one for a signal handler

@@ -122,7 +122,7 @@ class Restore(Closing):
     ) -> None:
         self._began = time.monotonic()
         self._pid = os.getpid()
-        self._closed = False
+        self._closed = self._is_over = False
         self._placed = placed
         self._ended_at = 0.0
         self._path = path
@@ -141,7 +141,16 @@ class Restore(Closing):
             for each in placed:
                 sums.check(each.start, each.end)
         self.total: int = sum(each.chain.data_bytes for each in placed)
-        files = Files(images)
+        try:
+            self._begin(shares, options, sums)
+        except BaseException:
+            with suppress(Exception):
+                self.close()
+            raise
+
+    def _begin(self, shares: Callable[[], Shares], options: Options, sums: Sums) -> None:
+        placed = self._placed
+        files = Files(placed[0].images)
         try:
             check_not_restored(placed)
             self.method, self.why = choose(placed, files, options)
@@ -152,18 +161,22 @@ class Restore(Closing):
                     self._comparing = Comparing(
                         placed, threads=options.threads, rate=options.rate, paused=options.paused
                     )
+                    self._comparing.drain.start()
             else:
                 self._serving = Serving(
                     placed,
                     files,
-                    handler=options.handler,
-                    shares=shares() if self.method == "minor" else None,
                     poisons=options.gaps == "poison",
                     sums=sums if options.verify == "drain" else None,
-                    threads=options.threads,
-                    fault_log=_restore_hot.LOGGED_FAULTS if options.record else 0,
                     # What a working set has not is not worth a wait of those who need what it has.
                     around=PAGE_SIZE if self._hot.is_known else AROUND,
+                )
+                self._serving.begin(
+                    files,
+                    handler=options.handler,
+                    shares=shares() if self.method == "minor" else None,
+                    threads=options.threads,
+                    fault_log=_restore_hot.LOGGED_FAULTS if options.record else 0,
                 )
         finally:
             files.close()
@@ -191,6 +204,7 @@ class Restore(Closing):
             held=True,
             faults=self._serving.faults,
         )
+        self._drain.start()
         # What it fills is found in the background, since that needs a look at each of its runs.
         self._hot_found = self._drain.first(
             [partial(self._find_hot, self._serving, self._drain)] if self.working_set else []
@@ -377,6 +391,8 @@ class Restore(Closing):
     def close(self) -> None:
         """End it; pages that are not filled yet are poisoned. A second call does nothing.
 
+        If a signal handler raises meanwhile, the next call continues.
+
         Raises:
             HandlerError: content could not be read.
 
@@ -393,13 +409,14 @@ class Restore(Closing):
             self._serving.close()
         if self._comparing is not None:
             self._comparing.close()
+        self._is_over = True
 
     def __del__(self) -> None:
-        if getattr(self, "_closed", True) or self._pid != os.getpid():
+        if getattr(self, "_is_over", True) or self._pid != os.getpid():
             return
         if self._drain is None or (self._drain.ended and self._serving is None):
             return
-        if not self._drain.ended:
+        if not (self._closed or self._drain.ended):
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
         close_dropped(self._close_dropped)
 

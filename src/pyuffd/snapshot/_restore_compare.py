@@ -24,16 +24,11 @@ class Comparing:
         self._sums = Sums(placed[0].images)
         self._error: BaseException | None = None
         self._image = placed[0].images[0]
-        self._image.hold()
-        self._holds = True
+        self._image.hold(self)
         pieces = [(each, *piece) for each in placed for piece in each.pieces()]
-        try:
-            self.drain: Drain[Piece] = Drain(
-                self._compare, self._finish, pieces, threads=threads, rate=rate, paused=paused
-            )
-        except BaseException:
-            self._image.let_go()
-            raise
+        self.drain: Drain[Piece] = Drain(
+            self._compare, self._finish, pieces, threads=threads, rate=rate, paused=paused
+        )
 
     def _compare(self, piece: Piece) -> int:
         placed, offset, end, size = piece
@@ -44,16 +39,11 @@ class Comparing:
         return size
 
     def _finish(self) -> None:
-        self._let_go()
+        self._image.let_go(self)
         if self._error is not None:
             raise self._error
 
     def close(self) -> None:
-        """End it in the middle."""
+        """End it in the middle; may be called again."""
         self.drain.stop()
-        self._let_go()
-
-    def _let_go(self) -> None:
-        holds, self._holds = self._holds, False
-        if holds:
-            self._image.let_go()
+        self._image.let_go(self)

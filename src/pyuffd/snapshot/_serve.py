@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 from pyuffd._abi import Feature, RegisterMode
+from pyuffd._closing import CloseSteps
 from pyuffd._errors import (
     ClosedError,
     HandlerError,
@@ -61,7 +62,7 @@ class Part:
 
 
 class Serving:
-    """The handler of a restore, and what it serves.
+    """The handler of a restore, and what it serves, from `begin` to `finish` or `close`.
 
     Attributes:
         is_complete: Nothing has to be filled: it never served anything.
@@ -74,12 +75,8 @@ class Serving:
         placed: Sequence[Placed],
         files: Files,
         *,
-        handler: Handler | None,
-        shares: Shares | None,
         poisons: bool,
         sums: Sums | None,
-        threads: int,
-        fault_log: int = 0,
         around: int = AROUND,
     ) -> None:
         for source in files.sources:
@@ -90,28 +87,40 @@ class Serving:
         self._lock = RLock()
         self._stopped = Latch()
         self._errors: list[BaseException] = []
-        self._is_ours = handler is None
         self._shares: dict[int, Share] = {}
         self._mappings: dict[int, PrivateMapping] = {}
         self._out: set[int] = set()
         self._asked: dict[int, int] = {}  # up to which offset files were asked for
         self._counted = self._ahead = 0
-        self._skipped = self._ended = self._all_passed = False
+        self._skipped = self._begun = self._ended = self._all_passed = False
         self.passed_bytes = self._loaded = 0
         self.on_end: weakref.WeakMethod[Callable[[], None]] | None = None
         self._poisons = poisons
         self._image = placed[0].images[0]
-        with ExitStack() as made:
+
+    def begin(
+        self,
+        files: Files,
+        *,
+        handler: Handler | None,
+        shares: Shares | None,
+        threads: int,
+        fault_log: int = 0,
+    ) -> None:
+        """Serve everything; if that raises, the memory is as before, or `close` ends it."""
+        placed = self._all
+        self._is_ours = handler is None
+        with CloseSteps() as made:
             if shares is not None:
                 mapped: list[maps.Mapped] = []
                 for each in placed:
                     share = self._shares[id(each)] = shares.of(each)
-                    mapped.append(share.use(each.region))
-                    made.callback(share.give_back)
+                    made.add(partial(share.give_back, each))
+                    mapped.append(share.use(each))
                 maps.replace(placed, mapped)
                 for each in placed:
                     start, length = each.region.start, each.region.length
-                    made.callback(maps.clear, start, length)
+                    made.add(partial(maps.clear, start, length))
                     self._mappings[id(each)] = PrivateMapping(start, length)
             # Nothing is written to a memfd that is complete: who maps it has everything.
             self._filled_before = {id(each) for each in placed if self._is_whole(each)}
@@ -122,7 +131,6 @@ class Serving:
             self._upwards = sorted(left, key=lambda each: each.region.start)
             self.is_complete = not left
             if self.is_complete:
-                made.pop_all()
                 self._give_back()
                 return
             self.passed_bytes = sum(
@@ -130,19 +138,20 @@ class Serving:
             )
             if handler is None:
                 followed = FOLLOWED_MINOR if self._shares else FOLLOWED
-                uffd = made.enter_context(Userfaultfd(features=followed))
+                uffd = Userfaultfd(features=followed)
+                made.add(uffd.close)
                 packed = any(each.chain.is_packed for each in left)
                 # "auto" would choose by the first region, which may need no Python.
                 driver: Driver = "process" if packed else "auto"
                 workers = threads if packed else 1
-                handler = made.enter_context(
-                    Handler(uffd, driver=driver, workers=workers, fault_log=fault_log)
-                )
+                handler = Handler(uffd, driver=driver, workers=workers, fault_log=fault_log)
+                made.add(handler.stop)
+                handler.start()
             self.handler = handler
-            made.callback(self._unserve_quietly, list(self._not_registered()))
+            made.add(partial(self._unserve_quietly, list(self._not_registered())))
             self._serve_all(files)
-            made.pop_all()
-        self._image.hold()
+            self._image.hold(self)
+            self._begun = True
 
     def _is_whole(self, placed: Placed) -> bool:
         share = self._shares.get(id(placed))
@@ -385,17 +394,23 @@ class Serving:
 
     def take_out(self, placed: Placed) -> None:
         """Serve a region no longer; pages that were not filled are poisoned."""
-        with self._lock:
-            if id(placed) in self._out:
-                return
-            self._out.add(id(placed))
-            # What is absent then is zeros, as the memfd has them.
-            is_filled = self._all_passed and not self._errors and not self._skipped
-        with suppress(ValueError, ClosedError):
-            if is_filled and id(placed) in self._mappings:
-                self.handler._release(self._served_as(placed))
-            else:
-                self.handler.unserve(self._served_as(placed))
+        try:
+            with self._lock:
+                if id(placed) in self._out:
+                    return
+                self._out.add(id(placed))
+                # What is absent then is zeros, as the memfd has them.
+                is_filled = self._all_passed and not self._errors and not self._skipped
+            with suppress(ValueError, ClosedError):
+                if is_filled and id(placed) in self._mappings:
+                    self.handler._release(self._served_as(placed))
+                else:
+                    self.handler.unserve(self._served_as(placed))
+        except HandlerError:
+            raise
+        except BaseException:  # of a signal handler: the next call does it again
+            self._out.discard(id(placed))
+            raise
 
     def _not_registered(self) -> Iterator[Placed]:
         """Yield all but those where the caller's handler serves something, which then stays."""
@@ -420,7 +435,7 @@ class Serving:
 
     def close(self) -> None:
         """End it in the middle: what is not filled is poisoned."""
-        if self._ended:
+        if self._ended or not self._begun:
             return
         self._stopped.set()
         self._skipped = True
@@ -441,14 +456,14 @@ class Serving:
             except HandlerError as error:
                 self._note(error)
             self.handler.uffd.close()
-        self._ended = True
         if not self._errors and not self._skipped:
             for share in self._shares.values():
                 share.complete()
         self._give_back()
-        self._image.let_go()
+        self._image.let_go(self)
+        self._ended = True
 
     def _give_back(self) -> None:
         for placed in self._all:
             if (share := self._shares.get(id(placed))) is not None:
-                share.give_back()
+                share.give_back(placed)

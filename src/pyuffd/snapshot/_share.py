@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from weakref import WeakSet
 
 from pyuffd._latch import RLock
 from pyuffd._owned import Descriptor
-from pyuffd._pages import PAGE_SIZE, RangeLike
+from pyuffd._pages import PAGE_SIZE
 from pyuffd.regions import Region, RegionKind
 from pyuffd.snapshot._content import Placed
 from pyuffd.snapshot._restore_map import Mapped
@@ -36,15 +38,17 @@ class Share:
     def __init__(self, length: int) -> None:
         self.region = Region.memfd(length, noreserve=True)
         self.is_complete = False
-        self._users = 0
+        self._users = WeakSet[Placed]()
         self._sealed: Descriptor | None = None
+        self._is_sealed = False
         self._lock = RLock()
         self._forgotten = False
 
-    def use(self, region: RangeLike) -> Mapped:
-        """Note that a restore uses it; return what to map where a region is."""
+    def use(self, placed: Placed) -> Mapped:
+        """Note that a restore uses it; return what to map where its region is."""
+        region = placed.region
         with self._lock:
-            self._users += 1
+            self._users.add(placed)
             fd = self.region.fd if self._sealed is None else self._sealed.number
         assert fd is not None
         return Mapped(region.start, region.start + region.length, fd, 0)
@@ -53,26 +57,29 @@ class Share:
         """Note that everything is in it."""
         self.is_complete = True
 
-    def give_back(self) -> None:
-        """Note that a restore no longer writes to it; the last one seals it."""
+    def give_back(self, placed: Placed) -> None:
+        """Note that a restore no longer writes to it; the last one seals it.
+
+        May be called again.
+        """
         with self._lock:
-            self._users -= 1
+            self._users.discard(placed)
             if self._users:
                 return
             if self._forgotten:
                 self._close()
-            elif self.is_complete and self._sealed is None:
+            elif self.is_complete and not self._is_sealed:
                 self._seal()
 
     def _seal(self) -> None:
         """Nothing is written to it any more: the kernel refuses it from now on."""
-        fd = self.region.fd
-        assert fd is not None
-        with Descriptor.open(f"/proc/self/fd/{fd}", 0) as kept:
-            self.region.close()
-            with suppress(OSError):  # EPERM: it was sealed against more seals
-                fcntl.fcntl(kept.number, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
-            self._sealed = kept.moved()
+        if self._sealed is None:
+            with Descriptor.open(f"/proc/self/fd/{self.region.fd}", os.O_RDWR) as kept:
+                self._sealed = kept.moved()
+        self.region.close()
+        with suppress(OSError):  # EPERM: it was sealed against more seals
+            fcntl.fcntl(self._sealed.number, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+        self._is_sealed = True
         if self._forgotten:  # by a signal handler
             self._close()
 
