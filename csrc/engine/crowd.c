@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: MIT
 #define _GNU_SOURCE
-#include <errno.h>
-#include <sys/mman.h>
 
 #include "crowd.h"
 #include "page_table.h"
@@ -15,8 +13,6 @@
 #define MOST_WAKES	16u
 /* A thread waits at most this long for pages of others to be put in place. */
 #define LATE_NS		1000000u
-/* Small pages that one call asks for. */
-#define ASKED_AT_ONCE	513u
 
 struct late_wakes late_wakes_for(size_t faults)
 {
@@ -92,27 +88,12 @@ void sort_faults(struct deferred_fault *faults, size_t count)
 	}
 }
 
-/* Whether the page cache has all of it; false if the kernel does not tell. */
-static bool is_cached(const struct uffd_file *file, uint64_t address, uint64_t length)
-{
-	unsigned char cached[ASKED_AT_ONCE];
-	uint64_t from = address & ~(BASE_PAGE - 1ull);
-	uint64_t pages = (address + length - from + BASE_PAGE - 1) / BASE_PAGE;
-	int saved_errno = errno;
-	bool ret = file->tells_cached && pages <= ASKED_AT_ONCE &&
-		   mincore((void *)(uintptr_t)from, pages * BASE_PAGE, cached) == 0;
-
-	for (uint64_t i = 0; ret && i < pages; i++)
-		ret = cached[i] & 1;
-	errno = saved_errno;
-	return ret;
-}
-
+/* Whether what a page is copied from can be read without waiting. */
 static bool is_here(const struct uffd_range *range, const struct uffd_file *file,
 		    uint64_t address)
 {
 	if (file)
-		return is_cached(file, address, range->page_size);
+		return uffd_file_is_cached(file, address - file->address, range->page_size);
 	return is_mapped_here(range->space, address, range->page_size);
 }
 

@@ -286,6 +286,30 @@ void uffd_file_read_around(const struct uffd_file *file, uint64_t at, uint64_t l
 	errno = saved_errno;
 }
 
+/* Pages that one call asks for. */
+#define ASKED_AT_ONCE	512u
+
+bool uffd_file_is_cached(const struct uffd_file *file, uint64_t at, uint64_t length)
+{
+	uint64_t from = (file->address + at) & ~(uint64_t)(BASE_PAGE - 1);
+	uint64_t to = file->address + at + length;
+	unsigned char cached[ASKED_AT_ONCE];
+	int saved_errno = errno;
+	bool ret = file->tells_cached && file->mapped;
+
+	for (uint64_t size; ret && from < to; from += size) {
+		uint64_t pages;
+
+		size = lower(to - from, ASKED_AT_ONCE * (uint64_t)BASE_PAGE);
+		pages = (size + BASE_PAGE - 1) / BASE_PAGE;
+		ret = mincore((void *)(uintptr_t)from, size, cached) == 0;
+		for (uint64_t i = 0; ret && i < pages; i++)
+			ret = cached[i] & 1;
+	}
+	errno = saved_errno;
+	return ret;
+}
+
 int uffd_file_read(const struct uffd_file *file, void *target, uint64_t at, uint64_t length)
 {
 	return uffd_file_read_from(file->fd, target, length, file->offset + at);

@@ -42,12 +42,18 @@ uint64_t uffd_file_covered(const struct uffd_file *file, uint64_t at, uint64_t l
  */
 void uffd_file_read_around(const struct uffd_file *file, uint64_t at, uint64_t length);
 
-/* Read without a fault on a truncated file: -ENODATA. */
+/*
+ * Whether [at, at + length) of the part is in the page cache, so that nobody waits for it; false
+ * if the kernel does not tell.
+ */
+bool uffd_file_is_cached(const struct uffd_file *file, uint64_t at, uint64_t length);
+
 /* Whether a descriptor is of the same file. */
 bool uffd_file_is(const struct uffd_file *file, int fd);
 /* Open the file of a descriptor for reading; returns a descriptor. */
 int uffd_file_reopen(int fd);
 
+/* Read without a fault on a truncated file: -ENODATA. */
 int uffd_file_read(const struct uffd_file *file, void *target, uint64_t at, uint64_t length);
 /* The same from a descriptor that was not opened here. */
 int uffd_file_read_from(int fd, void *target, uint64_t length, uint64_t offset);

@@ -351,7 +351,11 @@ void uffd_overlay_fault_in(const struct uffd_overlay *overlay, uint64_t offset, 
 	for (uint64_t run = run_at(overlay, offset); offset < end; run++) {
 		struct part part = part_at(overlay, run, offset, end);
 
-		if (part.leaf->kind == UFFD_LEAF_MEMORY || part.leaf->kind == UFFD_LEAF_FILE)
+		/* Faulting a file in costs more than what it saves the copy, unless it must be read. */
+		if (part.leaf->kind == UFFD_LEAF_MEMORY ||
+		    (part.leaf->kind == UFFD_LEAF_FILE &&
+		     !uffd_file_is_cached(&part.leaf->file, part.at - part.leaf->file_from,
+					  part.length)))
 			uffd_fault_in(part.leaf->address + part.at, part.length, false);
 		offset += part.length;
 	}

@@ -68,6 +68,16 @@ static struct uffd_range *find_for(struct access *access, const struct slices *a
 	return find_piece(access->space, all->ref.id, offset, all->ref.start + offset);
 }
 
+static bool is_there(const struct access *access, const struct uffd_content *content,
+		     const struct reach *reach)
+{
+	if (is_mapped_here(access->space, reach->read, reach->read_length))
+		return true;
+	return content->kind == UFFD_SOURCE_FILE &&
+	       uffd_file_is_cached(&content->file, reach->read - content->file.address,
+				   reach->read_length);
+}
+
 /*
  * A source, or the user's memory, may block us: so fault in what the next slice touches
  * while no thread waits for us.  It may be paged out again before it is used, but then
@@ -90,8 +100,7 @@ static uint64_t fault_in_slice(const struct slices *all, uint64_t offset)
 		at = all->reach(all, range, at, slice_end(range, offset, all->end), &reach);
 		stop = content_offset(range, at);
 		/* Asking is several times cheaper than faulting in what is there already. */
-		if (reach.read_length &&
-		    is_mapped_here(access.space, reach.read, reach.read_length))
+		if (reach.read_length && is_there(&access, range->content, &reach))
 			reach.read_length = 0;
 	}
 	close_access(&access);

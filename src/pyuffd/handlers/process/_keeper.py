@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
-from pyuffd._describe import text_of
+from pyuffd._describe import print_traceback, text_of
 from pyuffd._errors import HandlerError, UffdError, limit_met
 from pyuffd._polling import Poll
 from pyuffd.handlers._types import Piece, RangeSpec, ReportKind
@@ -355,10 +355,24 @@ def _states_file(spec: RangeSpec) -> int:
 
 
 def main(fd: int, owner_pid: int, stderr: int, life: int) -> None:
-    """Run the keeper of the process at the other end of a socket.
+    """Run the keeper of the process at the other end of a socket, and end this process.
 
     The keeper and its children hold the pipe `life` open, but no program that a page source starts.
     """
+    code = 1
+    try:
+        code = _keep(fd, owner_pid, stderr, life)
+    except BaseException as error:
+        print_traceback(error)
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stderr.flush()
+        # The program waits for the end: do not spend 30 ms on taking the interpreter apart.
+        os._exit(code)
+
+
+def _keep(fd: int, owner_pid: int, stderr: int, life: int) -> int:
+    """Run the keeper until it has nothing to do; return its exit status."""
     os.set_inheritable(life, False)
     with socket.socket(fileno=fd) as owner:
         tell: Callable[[BaseException], None] = partial(_tell_end, owner)
@@ -377,7 +391,10 @@ def main(fd: int, owner_pid: int, stderr: int, life: int) -> None:
             pass
         except Exception as error:
             tell(error)
-            sys.exit(1)
+            return 1
+        except SystemExit:
+            pass
+    return 0
 
 
 def _tell_end(owner: socket.socket, error: BaseException) -> None:
