@@ -313,7 +313,7 @@ def test_memory_that_is_new_and_not_to_be_dumped(
     target = Changing.target = start("later")
     monkeypatch.setattr(_core, "CoreLayout", Changing)
     with Process(target.pid) as process:
-        write_core(process, tmp_path / "core", method=method, full=full)
+        write_core(process, tmp_path / "core", method=method, full=full, max_stall_s=LONG_S)
     secret = bytes([1]) * 100
     with Core(tmp_path / "core") as core:
         found = core.read(*target.places["later"])

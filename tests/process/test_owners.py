@@ -41,7 +41,7 @@ from pyuffd.handlers._checks import Driver
 from pyuffd.handover import HandoverRange
 from pyuffd.testing import FaultingChild, needs, needs_privilege
 from pyuffd.testing._needs import needs_kernel_faults
-from tests._child import ROOT, run_child
+from tests._child import ROOT, limit_s, run_child
 from tests.kernel._faults import fork
 from tests.kernel._serving import in_fork, wait_until
 from tests.process._peer import Link, peer
@@ -130,7 +130,7 @@ def hand_over(link: Link, path: str, how: str) -> None:
         elif how == "listens":
             listener = stack.enter_context(listen_unix(path))
             link.send("listening")
-            sock = listener.accept()
+            sock = listener.accept(timeout_s=limit_s(10))
         else:
             sock = socket.socket(fileno=os.dup(link.receive(1)[1][0]))
         stack.enter_context(sock)
@@ -157,7 +157,7 @@ def test_the_sender_is_the_owner(tmp_path: Path, how: str) -> None:
         listener = stack.enter_context(listen_unix(path)) if how == "connects" else None
         link = stack.enter_context(peer(hand_over, path, how))
         if listener is not None:
-            sock = listener.accept()
+            sock = listener.accept(timeout_s=limit_s(10))
         elif how == "listens":
             link.value()
             sock = connect_unix(path)
@@ -165,7 +165,7 @@ def test_the_sender_is_the_owner(tmp_path: Path, how: str) -> None:
             sock, theirs = socket.socketpair()
             with theirs:
                 link.send(fds=[theirs.fileno()])
-        with sock, recv_uffd(sock) as received:
+        with sock, recv_uffd(sock, timeout_s=limit_s(10)) as received:
             sender = link.value()
             assert received.uffd.owner_pid == sender
             assert not sock.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED)

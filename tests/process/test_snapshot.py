@@ -59,7 +59,7 @@ WAITS_S = 10.0
 
 
 def take(target: Process, path: Path, **options: object) -> object:
-    limit = None if options.get("method") == "stopped" else LIMIT_S
+    limit = None if options.get("method") == "stopped" else LIMIT_S * crowd()
     kept: dict[str, object] = {"max_stall_s": limit, "durable": False} | options
     until = time.monotonic() + WAITS_S * crowd()
     while True:

@@ -24,7 +24,7 @@ from pyuffd import (
     Userfaultfd,
 )
 from pyuffd.testing import FaultingChild, needs
-from tests._child import run_child
+from tests._child import limit_s, run_child
 from tests._memory import PAGE
 from tests.process._counters import program as program
 from tests.process._sleeping import process as process
@@ -35,6 +35,8 @@ pytestmark = OF_OTHERS
 
 def take(target: Any, path: Path, **options: Any) -> object:
     kept: dict[str, Any] = {"method": "stopped", "durable": False} | options
+    if kept["method"] != "stopped":
+        kept.setdefault("max_stall_s", limit_s(1))
     return Snapshot.take(target, path, **kept)
 
 
