@@ -142,7 +142,7 @@ static int write_home(struct injection *in)
 /* Map the helper's page; from now on the registers are not the thread's own. */
 static int map_page(struct injection *in)
 {
-	const uint64_t arguments[5] = { 0, HELPER_BYTES, PROT_READ | PROT_WRITE,
+	const uint64_t arguments[5] = { in->attach->place, HELPER_BYTES, PROT_READ | PROT_WRITE,
 					MAP_PRIVATE | MAP_ANONYMOUS, (uint64_t)-1 };
 	struct user_regs_struct regs;
 	int64_t found;

@@ -49,6 +49,8 @@ struct uffd_attach {
 	uint64_t scratch;
 	uint64_t stack_start;
 	uint64_t stack_end;
+	/* Where the page goes, if that is free. */
+	uint64_t place;
 	/* Flags of userfaultfd(2). */
 	int32_t flags;
 	/* An open /dev/userfaultfd, for targets without the privilege; -1: none. */

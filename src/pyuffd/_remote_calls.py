@@ -230,6 +230,7 @@ class Attach:
         restorer: int,
         scratch: int,
         stack: tuple[int, int],
+        place: int,
         flags: int,
         device: int,
         suspend_seccomp: bool,
@@ -245,6 +246,7 @@ class Attach:
             scratch,
         )
         cell.stack_start, cell.stack_end = stack
+        cell.place = place
         cell.flags, cell.device, cell.suspend_seccomp = flags, device, suspend_seccomp
         cell.limit_ns, cell.hold = limit_ns, hold
 

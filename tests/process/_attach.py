@@ -255,6 +255,32 @@ def _attach_held(pid: int, point: AttachPoint, report: int) -> None:
             return  # the injection was killed
 
 
+def page_apart(program: str) -> None:
+    """Hold an attach whose page is mapped: it must be far from what the target has mapped."""
+    target = start(program, "obey")
+    with Process(target.pid) as process:
+        before = {m.start for m in process.mappings()}
+        _attach.hold = AttachPoint.MAPPED
+        thread = threading.Thread(target=_attach_noting, args=(process, []))
+        thread.start()
+        wait_until("held", lambda: _attach.attempts and _attach.attempts[0].is_held)
+        found = list(process.mappings())
+        _attach.hold = None
+        _attach.attempts[0].release()
+        thread.join()
+    ends = [0, *(m.end for m in found)]
+    starts = [*(m.start for m in found[1:]), 1 << 64]
+    apart = [
+        min(m.start - end, start - m.end)
+        for m, end, start in zip(found, ends, starts, strict=False)
+        if m.start not in before
+    ]
+    assert len(apart) == 1, apart
+    assert apart[0] > 1 << 30, hex(apart[0])
+    target.kill()
+    target.wait()
+
+
 def many_rounds(program: str, rounds: int) -> list[int]:
     """Attach and detach; return for how many nanoseconds the thread was stopped, sorted.
 

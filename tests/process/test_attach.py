@@ -76,6 +76,11 @@ def attached(pid: int, features: Feature = FEATURES) -> None:
         assert process.mappings() == mappings
 
 
+def test_the_page_is_apart(program: str) -> None:
+    """Other threads of the target run meanwhile, and may fill a hole again that they have made."""
+    run_child("tests.process._attach:page_apart", program)
+
+
 @pytest.mark.parametrize("whom", ["us", "injection"])
 def test_a_kill_at_each_point(program: str, whom: str) -> None:
     run_child("tests.process._attach:killed_at_each_point", program, whom, budget_s=60)

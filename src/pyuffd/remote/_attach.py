@@ -26,7 +26,7 @@ from pyuffd._opening import probe_api
 from pyuffd._owned import Descriptor
 from pyuffd._remote_calls import Attached, AttachPoint
 from pyuffd._uffd import Userfaultfd
-from pyuffd.remote._mappings import Mapping, Mappings, named, of_flags
+from pyuffd.remote._mappings import Mapping, Mappings, middle_of_gap, named, of_flags
 from pyuffd.remote._stop import frozen_hint, why_not_stopped
 from pyuffd.remote._target import Target
 from pyuffd.remote._threads import LEAVE_S, Refusals, wait_for_tracer
@@ -85,6 +85,9 @@ def attach(
     flags = os.O_CLOEXEC | os.O_NONBLOCK | (USER_MODE_ONLY if user_mode_only else 0)
     stack = named(mappings, b"[stack]")
     scratch = _unused(process, stack)
+    # Its other threads run while the page is there. One that fills a hole again, as with mremap(2)
+    # there and back, must not find it taken.
+    place = middle_of_gap(mappings)
     with Descriptor() as fetched, _device() as device:
         result, tid, refusals = None, pid, Refusals()
         for tid in _candidates(process, any_thread=bool(scratch)):
@@ -96,6 +99,7 @@ def attach(
                     restorer=restorer,
                     scratch=scratch,
                     stack=(stack.start, stack.end) if stack is not None else (0, 0),
+                    place=place,
                     flags=flags,
                     device=device.number,
                     suspend_seccomp=status.get("Seccomp", "0") != "0",

@@ -32,6 +32,9 @@ _SHMEM_NAMES = ("/memfd:", "/dev/zero", "/SYSV", "/dev/shm/", "/drm", "/i915")
 _HUGE_NAMES = ("/anon_hugepage", "/memfd:", "/SYSV")
 _NO_FLAGS: frozenset[str] = frozenset()
 
+# Above is [vsyscall].
+USER_ADDRESSES = 1 << 47
+
 # A line of the file costs as much as an ioctl.
 _QUERIES_MOST = 64
 
@@ -289,6 +292,16 @@ def named(mappings: Mappings, name: bytes) -> Mapping | None:
         if row[7] == len(name) and names[row[6] : row[6] + row[7]] == name:
             return mappings._mapping(*row)
     return None
+
+
+def middle_of_gap(mappings: Mappings) -> int:
+    """Return the middle of the largest range between mappings, a multiple of the page size."""
+    largest = middle = behind = 0
+    for start, end, *_ in _ROW.iter_unpack(mappings._packed):
+        if behind and start < USER_ADDRESSES and start - behind > largest:
+            largest, middle = start - behind, (start + behind) // 2
+        behind = end
+    return middle // PAGE_SIZE * PAGE_SIZE
 
 
 def keys_of(mappings: Mappings) -> Iterator[tuple[int | bytes, ...]]:
