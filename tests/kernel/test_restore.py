@@ -327,6 +327,36 @@ def test_gaps(mode: str) -> None:
     run_child(gaps, mode)
 
 
+def gap_in_one_of_many() -> None:
+    """The others are served by one call; a gap is poisoned before its region can be touched."""
+    apart = 64 * PAGE
+    with folder() as path, contextlib.ExitStack() as stack:
+        lost = Part(1, RunState.LOST)
+        write(
+            path / "one",
+            [(START + n * apart, [data(3, n), lost if n == 7 else zero(1)]) for n in range(20)],
+        )
+        snapshot = stack.enter_context(Snapshot.open(path / "one"))
+        regions = {
+            START + n * apart: stack.enter_context(Region.anonymous(4 * PAGE)) for n in range(20)
+        }
+        with snapshot.restore(regions, mode="copy", gaps="poison") as restore:
+            with pytest.raises(PagePoisonedError):
+                regions[START + 7 * apart].read(3 * PAGE, 1)
+            restore.wait()
+        for start, region in regions.items():
+            assert region.read(0, 3 * PAGE) == snapshot.read(start, 3 * PAGE)
+            if start != START + 7 * apart:
+                assert region.read(3 * PAGE, PAGE) == bytes(PAGE)
+        with pytest.raises(PagePoisonedError):
+            regions[START + 7 * apart].read(3 * PAGE, 1)
+
+
+@needs(Feature.POISON)
+def test_a_gap_in_one_of_many() -> None:
+    run_child(gap_in_one_of_many)
+
+
 def bad_arguments() -> None:
     with folder() as path:
         write(path / "one", [(START, [data(4)]), (START + 16 * PAGE, [zero(4)])])

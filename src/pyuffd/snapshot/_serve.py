@@ -158,12 +158,16 @@ class Serving:
         return share is not None and share.is_complete
 
     def _serve_all(self, files: Files) -> None:
-        if self._shares or (self._poisons and any(each.gaps for each in self._upwards)):
-            with self.handler._serving_many():
-                for each in self._upwards:
-                    self._serve(each, files)
-            return
-        self.handler._serve_many((each.region, each.source(files)) for each in self._upwards)
+        singly = [each for each in self._upwards if self._is_single(each)]
+        plain = [each for each in self._upwards if not self._is_single(each)]
+        with self.handler._serving_many():
+            self.handler._serve_many((each.region, each.source(files)) for each in plain)
+            for each in singly:
+                self._serve(each, files)
+
+    def _is_single(self, placed: Placed) -> bool:
+        """Whether it needs more than a call that serves many can do."""
+        return bool(self._shares) or (self._poisons and bool(placed.gaps))
 
     def _serve(self, placed: Placed, files: Files) -> None:
         source = placed.source(files)
