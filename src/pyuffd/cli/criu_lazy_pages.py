@@ -264,11 +264,11 @@ class _Output:
 
     def __init__(self, *, is_json: bool) -> None:
         self._is_json = is_json
-        self._lock = threading.Lock()
 
     def _print(self, event: str, text: str, **data: object) -> None:
-        with self._lock:
-            print(json.dumps({"event": event, **data}) if self._is_json else text, flush=True)
+        line = json.dumps({"event": event, **data}) if self._is_json else text
+        # One write: several threads print, without a lock that a signal could leave held.
+        print(f"{line}\n", end="", flush=True)
 
     def listening(self, path: str) -> None:
         """Print where the socket is."""

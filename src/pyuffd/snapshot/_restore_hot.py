@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
@@ -61,7 +60,7 @@ class Hot:
         self._known = known
         self.filled_bytes = 0
         self._lock = RLock()
-        self._asking = threading.Lock()
+        self._asking = RLock()
         # What is filled by one call: a plan, and the first and the last of its rows.
         self._windows: list[tuple[HotPlan, int, int, int]] = []
         self._begun = self._asked = 0
