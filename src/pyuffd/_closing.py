@@ -127,7 +127,9 @@ class CloseSteps:
         """
         first: Exception | None = None
         with self._lock:
-            while self._left:
+            while True:
+                if not self._left:
+                    break
                 step = self._left[-1]
                 try:
                     step()

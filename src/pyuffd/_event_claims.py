@@ -73,8 +73,7 @@ class EventClaims(Generic[Uffd, Event]):
         """
         mine = weakref.ref(owner)
         with _claiming.now:
-            is_mine = False
-            while not is_mine:
+            while True:
                 seen, other = self._owner, self.owner
                 if other is not None and other is not owner:
                     raise ValueError(
@@ -87,7 +86,8 @@ class EventClaims(Generic[Uffd, Event]):
                     )
                 # A signal handler of this thread may claim them too, but not in between.
                 if self._owner is seen:
-                    self._owner, is_mine = mine, True
+                    self._owner = mine
+                    break
         for event in [event for event in self.unread.copy() if isinstance(event, Pagefault)]:
             lowlevel.wake(uffd.fileno(), round_down(event.address, PAGE_SIZE), PAGE_SIZE)
             self.unread.remove(event)

@@ -118,7 +118,7 @@ class RangeModes:
                 before = [(a, start, mode) for a, _, mode in old]
                 behind = [(end, b, mode) for _, b, mode in old]
                 rows = make([(max(a, start), min(b, end), mode) for a, b, mode in old])
-                new = [row for row in [*before, *rows, *behind] if row[0] < row[1]]
+                new = list(filter(_has_length, [*before, *rows, *behind]))
                 if self._changes == changes:
                     self._changes, self._rows[where] = changes + 1, new
                     return
@@ -149,3 +149,7 @@ def _without(rows: Iterable[_Row], spans: Sequence[tuple[int, int]]) -> Iterator
 
 _Row = tuple[int, int, RegisterMode]
 _start_of = itemgetter(0)
+
+
+def _has_length(row: _Row) -> bool:
+    return row[0] < row[1]

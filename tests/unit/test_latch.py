@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import dis
+import inspect
 import random
 import re
 import signal
 import sys
 import threading
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import pytest
@@ -116,8 +119,55 @@ def test_no_event_is_waited_for() -> None:
     assert {path.name for path in paths if not kits & set(path.parts)} == {*GIVEN, "_latch.py"}
 
 
+def uncovered_loops(path: Path) -> list[str]:
+    """Return the loops in blocks that hold a lock which an exception at the jump back leaves so."""
+    text = path.read_text()
+    blocks = [
+        range(node.body[0].lineno, (node.end_lineno or 0) + 1)
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.With)
+        and any(HOLDS.search(ast.unparse(item.context_expr)) for item in node.items)
+    ]
+    codes = [compile(text, str(path), "exec")]
+    found = []
+    for code in codes:  # which grows
+        codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+        handlers = getattr(dis, "_parse_exception_table")(code)  # noqa: B009
+        if code.co_flags & inspect.CO_GENERATOR:
+            continue
+        line = 0
+        for one in dis.get_instructions(code):
+            line = (one.positions.lineno if one.positions else None) or line
+            is_covered = any(each.start <= one.offset < each.end for each in handlers)
+            if one.opname == "JUMP_BACKWARD" and not is_covered:
+                found += [f"{path.name}:{line}" for block in blocks if line in block]
+    return found
+
+
+HOLDS = re.compile(r"lock\b|\.now\b|turn|holding", re.IGNORECASE)
+
+
+def test_no_loop_leaves_a_lock_held() -> None:
+    """In CPython 3.13 a conditional jump back is in no block, and signals are checked there.
+
+    So a signal's exception there leaves no `with` block (measured with 3.13.0: in 1,499 of 1,500
+    interruptions of a `while` loop inside one). It is made of `while` with a condition, and of an
+    `if` that ends a loop or a comprehension. Other versions check elsewhere, or cover it.
+    """
+    if sys.version_info[:2] != (3, 13):
+        return
+    kits = {"testing", "conformance"}
+    found = []
+    for path in SOURCE.rglob("*.py"):
+        if not kits & set(path.relative_to(SOURCE).parts):
+            found += uncovered_loops(path)
+    assert found == []
+
+
 # Locks of Python, and what makes one of its own.
-OTHER_LOCKS = r"\bthreading\.(R?Lock\b|Condition\(\))|from threading import|\ballocate_lock\("
+OTHER_LOCKS = (
+    r"\bthreading\.(R?Lock\b|Condition\(\))|from threading import R?Lock|\ballocate_lock\("
+)
 
 
 def test_nothing_uses_another_lock() -> None:

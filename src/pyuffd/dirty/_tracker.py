@@ -205,18 +205,18 @@ class DirtyTracker(Closing):
         """Note what is tracked with a userfaultfd; of two trackers each would miss writes."""
         with _claiming.now:
             claims = _claims.setdefault(uffd, weakref.WeakKeyDictionary())
-            for spans in claims.values():
-                common = calls.intersect(_rows.packed(spans), _rows.packed(scope))
-                if len(common):
-                    start, end = common[:2]
-                    raise_errno(
-                        "track",
-                        errno.EBUSY,
-                        start,
-                        end - start,
-                        hint="another tracker has it, with the same userfaultfd; of a page that"
-                        " both protect, only the first to ask would learn that it was written",
-                    )
+            mine = _rows.packed(scope)
+            others = (calls.intersect(_rows.packed(spans), mine) for spans in claims.values())
+            if (common := next(filter(len, others), None)) is not None:
+                start, end = common[:2]
+                raise_errno(
+                    "track",
+                    errno.EBUSY,
+                    start,
+                    end - start,
+                    hint="another tracker has it, with the same userfaultfd; of a page that"
+                    " both protect, only the first to ask would learn that it was written",
+                )
             claims[self] = scope
 
     def _leave(self, uffd: Userfaultfd) -> None:

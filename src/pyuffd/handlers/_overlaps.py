@@ -332,14 +332,19 @@ class Overlaps:
         offset = start - one.file_start
         with _lock.now:
             _settle()
-            spans = [by._files[one.file] for by in _all if one.file in by._files]
-            for other in (found for each in spans for found in each.within(offset, length)):
-                if other.file_start != one.file_start:
-                    raise ValueError(
-                        f"{op} of [{start:#x}, +{length:#x}): the served range {other} of this"
-                        " process is the same memory, and would read zeros there; call unserve()"
-                        " for it first"
-                    )
+            others = (
+                other
+                for by in _all
+                if one.file in by._files
+                for other in by._files[one.file].within(offset, length)
+                if other.file_start != one.file_start
+            )
+            other = next(others, None)
+        if other is not None:
+            raise ValueError(
+                f"{op} of [{start:#x}, +{length:#x}): the served range {other} of this process is"
+                " the same memory, and would read zeros there; call unserve() for it first"
+            )
 
     def add(self, new: Range) -> None:
         """Note a range that is served from now on."""

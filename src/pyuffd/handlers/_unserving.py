@@ -224,7 +224,7 @@ class Unserves(HandlerBase):
             return []
         with self._turn():
             engine = self._running_engine()
-            found = [one for one in list(self._served.values()) if one.uffd is uffd]
+            found = list(filter(lambda one: one.uffd is uffd, list(self._served.values())))
             if found and not errors:
                 return found
             if found:
