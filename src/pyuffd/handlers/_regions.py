@@ -379,12 +379,14 @@ class ServesRegions(Unserves):
             if isinstance(old, Engine):  # always true: "auto" began with the native driver
                 old.leave_strays()
                 old.stop()
+                old.life.let_go()  # if a signal comes before destroy(), the last reference frees it
             self._engine, self._spaces, self._may_move = engine, spaces, False
         except BaseException:
             if self._engine is old:
                 self.driver: Driver = "native"
                 if engine is not None:
                     engine.destroy()
+                old.own()
                 if self._started:
                     old.start(self._cpus)
             raise
