@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import threading
 import time
@@ -21,6 +22,7 @@ from pyuffd import (
     CallableSource,
     Feature,
     Handler,
+    PagePoisonedError,
     PageState,
     Region,
     RegisterMode,
@@ -385,3 +387,149 @@ def worker_killed(name: str) -> None:
 @pytest.mark.parametrize("name", MEMORY)
 def test_a_killed_worker(name: str) -> None:
     run_child(worker_killed, name)
+
+
+class RandomMoves:
+    """A region that is moved in parts, again and again, and what each place must show."""
+
+    def __init__(self, rng: random.Random, name: str, driver: Driver) -> None:
+        self.rng, self.name, self.driver = rng, name, driver
+        self.shared = MEMORY_TYPES[name].shared
+        # Of shared memory: what was written to the object. Of private memory: pages by address.
+        self.object: dict[int, bytes] = {}
+        self.pages: dict[int, int | None] = {}  # the page that an address shows; None: zeros
+        self.own: dict[int, bytes] = {}
+        self.log: list[str] = []
+
+    def expected(self, at: int) -> bytes:
+        page = self.pages[at]
+        if at in self.own:
+            return self.own[at]
+        if page is None:
+            return bytes(PAGE)
+        return self.object.get(page, b"x" * PAGE)
+
+    def check(self, at: int, *, ended: bool = False) -> None:
+        try:
+            found = _memory.read(at, PAGE)
+        except PagePoisonedError:
+            assert ended, self.log
+            assert self.pages[at] is not None, self.log
+            return
+        assert found == self.expected(at), (hex(at), found[:4], self.expected(at)[:4], self.log)
+
+    def write(self, at: int, data: bytes) -> None:
+        self.log.append(f"write {at:#x}")
+        _memory.write(at, data)
+        page = self.pages[at]
+        if self.shared and page is not None:
+            self.object[page] = data
+        else:
+            self.own[at] = data
+
+    def move(self, at: int) -> None:
+        """Move pages that follow one another, and are in one mapping."""
+        first = self.pages[at]
+        most = 1
+        while (
+            at + most * PAGE in self.pages
+            and most < PAGES
+            and self.pages[at + most * PAGE] == (None if first is None else first + most)
+        ):
+            most += 1
+        count = self.rng.randint(1, most)
+        try:
+            new = move(at, count * PAGE)
+        except UffdOSError as error:  # over several mappings
+            self.log.append(f"move {at:#x} of {count}: {error.errno}")
+            return
+        self.log.append(f"move {at:#x} of {count} to {new:#x}")
+        for old in range(at, at + count * PAGE, PAGE):
+            there = new + old - at
+            self.pages[there] = self.pages[old]
+            if old in self.own:
+                self.own[there] = self.own.pop(old)
+            if not self.shared:
+                self.pages[old] = None
+
+    def run(self) -> None:
+        rng = self.rng
+        events = MOVE | (UNMAP if rng.random() < 0.7 else Feature(0))
+        events |= FORK if rng.random() < 0.4 else Feature(0)
+        with_wp = rng.random() < 0.3
+        mode = RegisterMode.MISSING | (RegisterMode.WP if with_wp else RegisterMode(0))
+        self.log.append(f"{self.name} {self.driver} {events!r} wp={with_wp}")
+        of = MEMORY_TYPES[self.name]
+        with (
+            Userfaultfd(features=events | (WP if with_wp else Feature(0))) as uffd,
+            region_in_room(of, LENGTH) as region,
+        ):
+            handler = Handler(uffd, driver=self.driver, prefetch=rng.choice((0, 2 * PAGE)))
+            is_here = self.driver == "native"
+            source = BufferSource(b"x" * LENGTH) if is_here else CallableSource(filled)
+            handler.serve(region, source, mode=mode)
+            handler.start()
+            self.pages = {region.start + page * PAGE: page for page in range(PAGES)}
+            for step in range(rng.randint(4, 12)):
+                at = rng.choice(list(self.pages))
+                what = rng.choice(("move", "move", "read", "read", "write", "all", "fork"))
+                if what == "move":
+                    self.move(at)
+                elif what == "read":
+                    self.check(at)
+                elif what == "write":
+                    self.write(at, bytes([1 + step]) * PAGE)
+                elif what == "all" or not events & FORK:
+                    self.check_all()
+                else:
+                    self.log.append("fork")
+                    assert in_fork(self.check_all) == 0, self.log
+            if rng.random() < 0.5:
+                self.check_all()
+            began = time.monotonic()
+            handler.stop()
+            assert time.monotonic() - began < SOON_S, self.log
+            assert handler.stats().unserved == handler.stats().failed == 0, self.log
+            self.check_all(ended=True)
+            unmap = threading.Thread(target=self.unmap, args=(region,), daemon=True)
+            unmap.start()
+            unmap.join(SOON_S)
+            assert not unmap.is_alive(), self.log
+
+    def check_all(self, *, ended: bool = False) -> None:
+        every = list(self.pages)
+        self.rng.shuffle(every)
+        for at in every:
+            self.check(at, ended=ended)
+
+    def unmap(self, region: Region) -> None:
+        for at in self.pages:
+            if not region.start <= at < region.start + LENGTH:
+                _memory.munmap(at, PAGE)
+
+
+def random_moves(seed: int, name: str, driver: Driver, count: int) -> None:
+    for number in range(seed, seed + count):
+        try:
+            RandomMoves(random.Random(number), name, driver).run()
+        except BaseException:
+            print(f"seed {number}: {name}, {driver}")
+            raise
+
+
+SEED = int(os.environ.get("PYUFFD_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
+
+
+@needs(FORK)
+@pytest.mark.parametrize("name", MEMORY)
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_random_moves(driver: Driver, name: str) -> None:
+    run_child(random_moves, SEED, name, driver, 2 if driver == "process" else 6, budget_s=30)
+
+
+@needs(FORK)
+@pytest.mark.stress
+@pytest.mark.parametrize("name", MEMORY)
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_many_random_moves(driver: Driver, name: str) -> None:
+    run_child(random_moves, SEED, name, driver, 40 if driver == "process" else 400, budget_s=600)
