@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import shutil
 import struct
@@ -11,11 +12,21 @@ import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
-from pyuffd import Feature, PagePoisonedError, Region, Snapshot, SnapshotFormatError, UffdOSError
+from pyuffd import (
+    Feature,
+    Handler,
+    PagePoisonedError,
+    Region,
+    Snapshot,
+    SnapshotFormatError,
+    UffdOSError,
+    Userfaultfd,
+    _memory,
+)
 from pyuffd._image_calls import replace_untouched
 from pyuffd.snapshot._content import PIECE
 from pyuffd.testing import needs
@@ -25,6 +36,8 @@ from tests._images import START, data, write, zero
 from tests._memory import PAGE
 
 pytestmark = needs(Feature.MINOR_SHMEM | Feature.EVENT_REMOVE | Feature.POISON)
+READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
+ANONYMOUS, MAP_FIXED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, 0x10
 PIECES, LEFT = 8, 6
 RUNS, LONGEST_S = 1500, 0.02  # as many mappings, and how long it takes to make them
 PAGES = PIECES * PIECE // PAGE
@@ -165,3 +178,44 @@ def test_where_the_page_table_cannot_be_scanned(bit: int) -> None:
         )
         assert found == (region.start if bit else None)
         assert region.read() == (bytes(length) if bit else content)
+
+
+GAP = range(3, 7)  # pages of a region of 32, with zeros from 16 to 23
+
+
+def restores_around_a_gap(mode: Literal["copy", "minor"], handled: str, how: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="gap-") as folder, ExitStack() as open_:
+        path = write(Path(folder) / "one", [(START, [data(16, 1), zero(8), data(8, 2)])])
+        snapshot = open_.enter_context(Snapshot.open(path))
+        options: dict[str, Any] = {}
+        if handled != "its own":
+            uffd = open_.enter_context(Userfaultfd(features=Feature[handled]))
+            options["handler"] = open_.enter_context(Handler(uffd))
+        region = open_.enter_context(Region.anonymous(32 * PAGE))
+        gap, length = region.start + GAP.start * PAGE, len(GAP) * PAGE
+        with snapshot.restore([(START, region)], mode=mode, paused=True, **options) as restore:
+            if how == "unmapped":
+                _memory.munmap(gap, length)
+            _memory.mmap(length, READ_WRITE, ANONYMOUS | MAP_FIXED, address=gap)
+            restore.resume()
+            assert restore.wait(40)
+        content = bytearray(snapshot.read(START, 32 * PAGE))
+        content[GAP.start * PAGE : GAP.stop * PAGE] = bytes(length)
+        assert region.read() == content
+        if mode == "minor":  # its memfd lacks the pages of the gap: nobody else gets it
+            with (
+                Region.anonymous(32 * PAGE) as other,
+                snapshot.restore([(START, other)], mode=mode) as again,
+            ):
+                assert again.wait(40)
+                assert other.read() == snapshot.read(START, 32 * PAGE)
+
+
+@pytest.mark.parametrize("how", ["unmapped", "mapped over"])
+@pytest.mark.parametrize(
+    ("mode", "handled"),
+    [("copy", "its own"), ("minor", "its own"), ("copy", "EVENT_REMOVE"), ("copy", "EVENT_UNMAP")],
+)
+def test_what_lies_around_a_gap(mode: Literal["copy", "minor"], handled: str, how: str) -> None:
+    """All of it is restored, whatever was unmapped or mapped over beside it meanwhile."""
+    run_child(restores_around_a_gap, mode, handled, how, budget_s=60)

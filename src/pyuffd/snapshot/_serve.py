@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from pyuffd import _vmas
 from pyuffd._abi import Feature, RegisterMode
 from pyuffd._closing import CloseSteps
 from pyuffd._errors import (
@@ -92,7 +93,7 @@ class Serving:
         self._out: set[int] = set()
         self._asked: dict[int, int] = {}  # up to which offset files were asked for
         self._counted = self._ahead = 0
-        self._skipped = self._begun = self._ended = self._all_passed = False
+        self._skipped = self._has_gaps = self._begun = self._ended = self._all_passed = False
         self.passed_bytes = self._loaded = 0
         self.on_end: weakref.WeakMethod[Callable[[], None]] | None = None
         self._poisons = poisons
@@ -158,16 +159,12 @@ class Serving:
         return share is not None and share.is_complete
 
     def _serve_all(self, files: Files) -> None:
-        singly = [each for each in self._upwards if self._is_single(each)]
-        plain = [each for each in self._upwards if not self._is_single(each)]
-        with self.handler._serving_many():
-            self.handler._serve_many((each.region, each.source(files)) for each in plain)
-            for each in singly:
-                self._serve(each, files)
-
-    def _is_single(self, placed: Placed) -> bool:
-        """Whether it needs more than a call that serves many can do."""
-        return bool(self._shares) or (self._poisons and bool(placed.gaps))
+        if self._shares or (self._poisons and any(each.gaps for each in self._upwards)):
+            with self.handler._serving_many():
+                for each in self._upwards:
+                    self._serve(each, files)
+            return
+        self.handler._serve_many((each.region, each.source(files)) for each in self._upwards)
 
     def _serve(self, placed: Placed, files: Files) -> None:
         source = placed.source(files)
@@ -217,14 +214,43 @@ class Serving:
             except (SnapshotFormatError, OSError) as error:
                 self._spoil(placed, offset, end, error)
                 return 0
-        done = self._retried(
-            placed,
-            partial(self._load, placed, offset, end - offset),
-            partial(self._damage, placed, offset, end),
-        )
+        done = self._load_part(placed, offset, end)
         with self._lock:
             self.passed_bytes += size
         return done
+
+    def _load_part(self, placed: Placed, offset: int, end: int) -> int:
+        return self._retried(
+            placed,
+            partial(self._load, placed, offset, end - offset),
+            partial(self._damage, placed, offset, end),
+            partial(self._load_around, placed, offset, end),
+        )
+
+    def _load_around(self, placed: Placed, offset: int, end: int) -> int:
+        """Fill what is left of a range of which a part was unmapped or mapped over."""
+        self._has_gaps = True  # nobody misses the rest, but a memfd lacks it
+        if self.handler.uffd.features & Feature.EVENT_UNMAP:
+            return self._load_halves(placed, offset, end)
+        # Without the event each call about a gap waits for it.
+        base = placed.region.start
+        found = _vmas.overlapping(base + offset, base + end, details=True)
+        parts = [
+            (max(vma.start - base, offset), min(vma.end - base, end))
+            for vma in found
+            if vma.flags & {"um", "ui"}
+        ]
+        if parts == [(offset, end)]:
+            return 0
+        return sum(self._load_part(placed, *part) for part in parts)
+
+    def _load_halves(self, placed: Placed, offset: int, end: int) -> int:
+        """Fill what is left, which may have moved."""
+        page = placed.page_size
+        if end - offset <= page:
+            return 0
+        middle = offset + (end - offset) // page // 2 * page
+        return self._load_part(placed, offset, middle) + self._load_part(placed, middle, end)
 
     def _read_ahead(self, placed: Placed, offset: int, end: int) -> None:
         """Ask the kernel for the files of a piece, and of what follows."""
@@ -348,12 +374,16 @@ class Serving:
         placed: Placed,
         call: Callable[[], int],
         why: Callable[[Exception], Exception] | None = None,
+        around: Callable[[], int] | None = None,
     ) -> int:
         while not self._stopped.is_set():
             try:
                 done = call()
-            except (LayoutChangedError, ProcessGoneError):
-                self._skipped = True  # unmapped: nobody misses it
+            except LayoutChangedError:
+                # Without `around` the background fills the rest.
+                return 0 if around is None else around()
+            except ProcessGoneError:
+                self._skipped = True
                 return 0
             except ValueError:
                 is_gone = id(placed) in self._out or getattr(placed.region, "closed", False)
@@ -460,7 +490,7 @@ class Serving:
             except HandlerError as error:
                 self._note(error)
             self.handler.uffd.close()
-        if not self._errors and not self._skipped:
+        if not (self._errors or self._skipped or self._has_gaps):
             for share in self._shares.values():
                 share.complete()
         self._give_back()
