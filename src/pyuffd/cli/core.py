@@ -11,7 +11,13 @@ from typing import Any
 
 from pyuffd import CoreFile, Process, Snapshot, write_core
 from pyuffd.cli._counted import counted
-from pyuffd.cli._expected import COPY_RATE, has_shared_files, limited_pause, needed, shared_memory
+from pyuffd.cli._expected import (
+    has_shared_files,
+    limited_pause,
+    resident,
+    shared_memory,
+    whole_pause,
+)
 from pyuffd.cli._progress import MIB, progress_shown, until_named
 from pyuffd.cli._signals import ended_by
 from pyuffd.cli._words import pid, seconds
@@ -19,7 +25,6 @@ from pyuffd.cli._words import pid, seconds
 METHODS = ("auto", "precopy", "cow", "stopped")
 # The default limit of write_core.
 STALL_S = 0.05
-RESIDENT = ("RssAnon", "RssShmem", "VmSwap")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -115,12 +120,11 @@ def _print(args: argparse.Namespace, core: CoreFile) -> None:
 
 def _announcement(args: argparse.Namespace, target: Process) -> str:
     """Say which process is stopped, and estimate for how long."""
-    size = _resident(target.memory_tid)
+    size = resident(target.memory_tid)
     name = Path(f"/proc/{target.pid}/comm").read_text(errors="replace")
     name = "".join(c if c.isprintable() else "?" for c in name[:-1])  # a process may set any name
     if args.method == "stopped":
-        expected = size / COPY_RATE + 0.01 + needed(target)[2]
-        pause = f"while all memory is copied, {expected:.2f} s or more"
+        pause = f"while all memory is copied, {whole_pause(target):.2f} s or more"
     else:
         limit_s = args.max_stall or STALL_S
         files = args.full or has_shared_files(target)
@@ -131,12 +135,6 @@ def _announcement(args: argparse.Namespace, target: Process) -> str:
         f"process {target.pid} ({name}), {threads}, {size / MIB:.1f} MiB of its own:"
         f" it will be stopped {pause}"
     )
-
-
-def _resident(pid: int) -> int:
-    lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
-    fields = dict(line.split(":", 1) for line in lines)
-    return sum(int(fields[key].split()[0]) << 10 for key in RESIDENT if key in fields)
 
 
 # What is printed

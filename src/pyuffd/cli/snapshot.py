@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict
 
 from pyuffd import Process, Snapshot, SnapshotReport
-from pyuffd.cli._expected import limited_pause, shared_memory
+from pyuffd.cli._expected import limited_pause, shared_memory, whole_pause
 from pyuffd.cli._progress import MIB, progress_shown, until_named
 from pyuffd.cli._signals import ended_by
 from pyuffd.cli._words import pid, seconds
@@ -113,7 +113,7 @@ def _announcement(args: argparse.Namespace, target: Process) -> str:
     own = [m for m in mappings if not m.shared]
     size = sum(m.length for m in own) / MIB
     if args.method == "stopped":
-        pause = "it will be stopped while all of it is copied"
+        pause = f"it will be stopped while all of it is copied, {whole_pause(target):.2f} s or more"
     else:
         is_agreed = args.shared == "pause" and args.max_stall is None
         shared = shared_memory(target) if is_agreed else 0
