@@ -752,23 +752,24 @@ def test_a_stop_that_was_slow_is_tried_again(
 ) -> None:
     """A busy machine may be to blame; if it is usual, the snapshot ends."""
     stops: list[str] = []
+    stall_s = LIMIT_S * crowd()
 
     def wait(name: str) -> None:
         if name == "stopped":
             stops.append(name)
             if len(stops) <= times:
-                time.sleep(1.1 * LIMIT_S)
+                time.sleep(1.1 * stall_s)
 
     monkeypatch.setattr(_capture, "barrier", wait)
     with counters(program, 2, 600) as target, Process(target.pid) as process:
         if times == 1:
-            take(process, tmp_path / "a", method="precopy")
+            take(process, tmp_path / "a", method="precopy", max_stall_s=stall_s)
             with Snapshot.open(tmp_path / "a") as snapshot:
                 check(target, snapshot)
             assert len(stops) >= 2
         else:
             with pytest.raises(SnapshotError, match="mappings were read") as raised:
-                take(process, tmp_path / "a", method="precopy")
+                take(process, tmp_path / "a", method="precopy", max_stall_s=stall_s)
             assert raised.value.reason == "stalled"
             assert len(stops) == 3
             assert os.listdir(tmp_path) == []
@@ -779,15 +780,16 @@ def test_cow_is_let_go_at_its_limit(
     program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If the stop needs longer than was estimated."""
+    stall_s = LIMIT_S * crowd()
 
     def wait(name: str) -> None:
         if name == "stopped":
-            time.sleep(1.2 * LIMIT_S)
+            time.sleep(1.2 * stall_s)
 
     monkeypatch.setattr(_capture, "barrier", wait)
     with counters(program, 2, 600) as target, Process(target.pid) as process:
         with pytest.raises(SnapshotError, match="let go") as raised:
-            take(process, tmp_path / "a", method="cow")
+            take(process, tmp_path / "a", method="cow", max_stall_s=stall_s)
         assert raised.value.reason == "stalled"
         assert os.listdir(tmp_path) == []
         unharmed(target)
