@@ -4,8 +4,10 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "base/tasks.h"
@@ -46,6 +48,37 @@ ssize_t uffd_task_read_thread(int32_t pid, int32_t thread_id, const char *name, 
 
 	snprintf(path, sizeof(path), "task/%d/%s", thread_id, name);
 	return uffd_task_read(pid, path, text_ret, size);
+}
+
+struct directory_entry {
+	uint64_t inode;
+	int64_t offset;
+	uint16_t size;
+	uint8_t type;
+	char name[];
+};
+
+/* Not opendir(3), which calls malloc. */
+void uffd_task_each_thread(int32_t pid, bool (*visit)(int32_t thread_id, void *argument),
+			   void *argument)
+{
+	_Alignas(struct directory_entry) char entries[4096];
+	int fd = uffd_task_open(pid, "task", O_DIRECTORY);
+	bool goes_on = true;
+	long size;
+
+	if (fd < 0)
+		return;
+	while (goes_on && (size = syscall(SYS_getdents64, fd, entries, sizeof(entries))) > 0) {
+		for (long at = 0; at < size && goes_on;) {
+			struct directory_entry *entry = (void *)(entries + at);
+			int32_t thread_id = atoi(entry->name);
+
+			at += entry->size;
+			goes_on = thread_id <= 0 || visit(thread_id, argument);
+		}
+	}
+	close(fd);
 }
 
 uint64_t uffd_task_count(int folder)

@@ -13,6 +13,9 @@ int uffd_task_open(int32_t pid, const char *name, int flags);
 ssize_t uffd_task_read(int32_t pid, const char *name, char *text_ret, size_t size);
 ssize_t uffd_task_read_thread(int32_t pid, int32_t thread_id, const char *name, char *text_ret,
 			      size_t size);
+/* Call `visit` for each thread, until it returns false. */
+void uffd_task_each_thread(int32_t pid, bool (*visit)(int32_t thread_id, void *argument),
+			   void *argument);
 /*
  * How many threads a process has, zombies included, by its open directory `task`; 0: unknown.  A
  * listing of that directory ends at a thread that ends meanwhile, or skips another one, so one that

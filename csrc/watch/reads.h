@@ -7,7 +7,9 @@
 
 /* Descriptors may share a counter. */
 uint32_t uffd_reads_of(int fd);
-/* Messages have been read. */
+/* The thread of this process that read it last; 0: unknown. */
+int32_t uffd_reads_reader(int fd);
+/* Messages have been read, by this thread. */
 void uffd_reads_note(int fd);
 /* read(2), and note the read. */
 int64_t uffd_reads_read(int fd, void *buffer, uint64_t size);

@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: MIT
 #define _GNU_SOURCE
 #include <errno.h>
-#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -111,37 +109,28 @@ bool uffd_waiters_is_same(int32_t pid, const struct uffd_waiter *waiter, bool wa
 	       now.mark == waiter->mark;
 }
 
-struct directory_entry {
-	uint64_t inode;
-	int64_t offset;
-	uint16_t size;
-	uint8_t type;
-	char name[];
+struct search {
+	struct uffd_waiter *waiters;
+	uint32_t found, capacity;
+	int32_t pid;
 };
 
-/* Not opendir(3), which calls malloc. */
+static bool note_waiter(int32_t thread_id, void *argument)
+{
+	struct search *search = argument;
+
+	if (look_at(search->pid, thread_id, &search->waiters[search->found]))
+		search->found++;
+	return search->found < search->capacity;
+}
+
 uint32_t uffd_waiters_find(int32_t pid, struct uffd_waiter *waiters_ret, uint32_t capacity)
 {
-	_Alignas(struct directory_entry) char entries[4096];
-	int fd = uffd_task_open(pid, "task", O_DIRECTORY);
-	uint32_t found = 0;
-	long size;
+	struct search search = { waiters_ret, 0, capacity, pid };
 
-	if (fd < 0)
-		return 0;
-	while (found < capacity &&
-	       (size = syscall(SYS_getdents64, fd, entries, sizeof(entries))) > 0) {
-		for (long at = 0; at < size && found < capacity;) {
-			struct directory_entry *entry = (void *)(entries + at);
-			int32_t thread_id = atoi(entry->name);
-
-			at += entry->size;
-			if (thread_id > 0 && look_at(pid, thread_id, &waiters_ret[found]))
-				found++;
-		}
-	}
-	close(fd);
-	return found;
+	if (capacity)
+		uffd_task_each_thread(pid, note_waiter, &search);
+	return search.found;
 }
 
 enum answer { WAS_WOKEN, SLEPT_ON, CANNOT_TELL };

@@ -13,6 +13,7 @@
 
 #include "base/tasks.h"
 #include "base/threads.h"
+#include "gil.h"
 #include "reads.h"
 #include "waiters.h"
 #include "watch.h"
@@ -33,13 +34,22 @@
 /* How long to wait for the thread's end: enough unless the machine is overloaded. */
 #define PAUSE_LIMIT_NS	(NS_PER_S / 5)
 
+enum kind {
+	NOTHING,	/* no thread waits, or a reader is at work */
+	UNREAD_FAULTS,
+	UNREAD_EVENTS,
+	READ_FAULTS,	/* not resolved, and the thread that read them waits for the GIL */
+};
+
 struct entry {
 	struct uffd_watched watched;
 	uint32_t reads;		/* the read counter at the last look */
 	bool said;		/* a line about these waiters was written */
 	uint64_t since_ns;
+	enum kind kind;		/* what was found at the last look */
 	uint32_t count;
 	struct uffd_waiter waiters[WAITERS];
+	struct uffd_gil_wait gil;	/* who waits for the GIL meanwhile */
 };
 
 /* All under the lock.  Do not call malloc: a thread that waits in fork(3) holds its locks. */
@@ -73,6 +83,14 @@ static void init(void)
 {
 	init_locks();
 	pthread_atfork(NULL, NULL, forget_parent);
+	uffd_gil_init();
+}
+
+/* No thread waits any more. */
+static void reset(struct entry *entry)
+{
+	entry->count = 0;
+	entry->said = false;
 }
 
 /* The line */
@@ -92,11 +110,40 @@ static enum uffd_search find_page(const struct entry *entry, struct uffd_waiter 
 				 entry->watched.low, entry->watched.high);
 }
 
+static struct uffd_words_wait wait_of(const struct entry *entry, uint64_t now)
+{
+	int32_t gil = uffd_gil_is_stuck(&entry->gil) ? entry->gil.thread_id : 0;
+	bool is_reader = gil && gil == uffd_reads_reader(entry->watched.fd);
+
+	return (struct uffd_words_wait){
+		(now - entry->since_ns) / NS_PER_S, entry->count - 1,
+		is_reader ? UFFD_WORDS_READER : gil ? UFFD_WORDS_SOMEBODY : UFFD_WORDS_NO_GIL, gil
+	};
+}
+
+/* A fault whose message was read: nothing may wake the thread, so its page is not looked for. */
+static void say_was_read(struct entry *entry, uint64_t now)
+{
+	struct uffd_words_wait wait = wait_of(entry, now);
+	struct uffd_line line = { .used = 0 };
+
+	if (!uffd_line_can_write(entry->watched.say_fd))
+		return;
+	if (wait.gil != UFFD_WORDS_READER) {
+		reset(entry);
+		return;
+	}
+	uffd_words_put(&line, &entry->watched, &entry->waiters[0], UFFD_SEARCH_UNFINISHED, &wait);
+	uffd_line_write(&line, entry->watched.say_fd);
+	entry->said = true;
+}
+
 static void say(struct entry *entry, uint64_t now)
 {
 	bool searches_on = now - entry->since_ns < limit_of(entry) + SEARCH_LIMIT_NS;
 	struct uffd_line line = { .used = 0 };
 	bool is_unfinished = false;
+	struct uffd_words_wait wait = wait_of(entry, now);
 
 	if (!uffd_line_can_write(entry->watched.say_fd))
 		return;
@@ -107,8 +154,7 @@ static void say(struct entry *entry, uint64_t now)
 		is_unfinished = search == UFFD_SEARCH_UNFINISHED && (searches_on || !waiter->high);
 		if (search == UFFD_SEARCH_OTHER || is_unfinished)
 			continue;
-		uffd_words_put(&line, &entry->watched, waiter, search,
-			       (now - entry->since_ns) / NS_PER_S, entry->count - 1);
+		uffd_words_put(&line, &entry->watched, waiter, search, &wait);
 		uffd_line_write(&line, entry->watched.say_fd);
 		entry->said = true;
 	}
@@ -118,32 +164,40 @@ static void say(struct entry *entry, uint64_t now)
 
 /* Looking */
 
-/* The messages are read, or no thread waits. */
-static void reset(struct entry *entry)
+/* Whether whoever read the faults is a thread of this process that waits for the GIL. */
+static bool is_reader_without_gil(struct entry *entry)
 {
-	entry->count = 0;
-	entry->said = false;
+	int32_t reader = uffd_reads_reader(entry->watched.fd);
+
+	return reader && !entry->watched.owner_pid && !entry->watched.sent_to &&
+	       uffd_gil_look(&entry->gil, reader, uffd_now_ns());
 }
 
 /*
- * Whether messages of one kind are queued, and none were read since the last look.  If
- * faults were read but not resolved, a reader is at work.
+ * What waits, if none was read since the last look.  If faults were read but not resolved, a
+ * reader is at work, unless it cannot get the GIL.
  */
-static bool has_unread(struct entry *entry, bool *is_event_ret)
+static enum kind look_for_messages(struct entry *entry)
 {
 	struct pollfd poll_fd = { .fd = entry->watched.fd, .events = POLLIN };
 	struct uffd_fdinfo info;
 	uint32_t now = uffd_reads_of(entry->watched.fd);
-	bool is_same = entry->reads == now;
+	bool is_same = entry->reads == now, has_messages;
 
 	entry->reads = now;
 	/* A blocking userfaultfd gives POLLERR, whether messages are queued or not. */
-	if (uffd_poll(&poll_fd, 1, 0) != 1 || !(poll_fd.revents & (POLLIN | POLLERR)))
-		return false;
-	if (uffd_waiters_fdinfo(entry->watched.fd, &info) || info.pending != info.waiting)
-		return false;
-	*is_event_ret = !info.pending;
-	return is_same;
+	has_messages = uffd_poll(&poll_fd, 1, 0) == 1 && poll_fd.revents & (POLLIN | POLLERR);
+	if (!is_same || (!has_messages && !uffd_reads_reader(entry->watched.fd)))
+		return NOTHING;
+	if (uffd_waiters_fdinfo(entry->watched.fd, &info))
+		return NOTHING;
+	if (info.pending != info.waiting)
+		return is_reader_without_gil(entry) ? READ_FAULTS : NOTHING;
+	if (!has_messages)
+		return NOTHING;
+	if (!entry->watched.owner_pid)
+		uffd_gil_look(&entry->gil, 0, uffd_now_ns());
+	return info.pending ? UNREAD_FAULTS : UNREAD_EVENTS;
 }
 
 static bool has_waiter(const struct entry *entry, int32_t thread_id)
@@ -196,19 +250,28 @@ static bool is_searching(struct entry *entry)
 static void look_at(struct entry *entry)
 {
 	uint64_t now = uffd_now_ns();
-	bool is_event;
+	enum kind kind = look_for_messages(entry);
+	bool is_event = kind == UNREAD_EVENTS;
 
-	if (!has_unread(entry, &is_event)) {
+	if (kind == NOTHING) {
 		if (!is_searching(entry))
 			reset(entry);
 		return;
 	}
+	/* A search has woken threads, whose messages were read then: it cannot continue. */
+	if (kind != entry->kind && (kind == READ_FAULTS || entry->kind == READ_FAULTS))
+		reset(entry);
+	entry->kind = kind;
 	drop_continued(entry, is_event);
 	if (!entry->count) {
 		reset(entry);
 		entry->since_ns = now;
 		add_waiters(entry, is_event);
 	} else if (!entry->said && now - entry->since_ns >= limit_of(entry)) {
+		if (kind == READ_FAULTS) {
+			say_was_read(entry, now);
+			return;
+		}
 		/* Those that came later, before a search wakes them. */
 		if (!were_woken(entry))
 			add_waiters(entry, is_event);

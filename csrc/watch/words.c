@@ -12,7 +12,7 @@
 #define PAGEMAP_PRESENT	(1ull << 63)
 #define PAGEMAP_WP	(1ull << 57)
 
-static void put_thread(struct uffd_line *line, int32_t pid, int32_t thread_id)
+static void put_name(struct uffd_line *line, int32_t pid, int32_t thread_id)
 {
 	char name[32];
 	ssize_t n = uffd_task_read_thread(pid, thread_id, "comm", name, sizeof(name));
@@ -25,6 +25,11 @@ static void put_thread(struct uffd_line *line, int32_t pid, int32_t thread_id)
 		uffd_line_text(line, name);
 		uffd_line_text(line, ")");
 	}
+}
+
+static void put_thread(struct uffd_line *line, int32_t pid, int32_t thread_id)
+{
+	put_name(line, pid, thread_id);
 	uffd_line_text(line, " of process ");
 	uffd_line_number(line, (uint64_t)(pid ? pid : getpid()), 10);
 }
@@ -154,11 +159,31 @@ static void put_seconds(struct uffd_line *line, uint64_t seconds)
 	uffd_line_text(line, " s");
 }
 
+/* Nothing tells which thread holds the GIL: say what is known of the others. */
+static void put_gil(struct uffd_line *line, const struct uffd_watched *watched,
+		    const struct uffd_words_wait *wait)
+{
+	uffd_line_text(line, wait->gil == UFFD_WORDS_READER ? ", and " : ", while ");
+	put_name(line, 0, wait->gil_thread_id);
+	if (wait->gil == UFFD_WORDS_READER) {
+		uffd_line_text(line, ", which reads userfaultfd ");
+		uffd_line_number(line, (uint64_t)watched->fd, 10);
+		uffd_line_text(line, ",");
+	}
+	uffd_line_text(line, " waits for the GIL: a loop in Python cannot resolve the fault of a"
+			     " thread that holds the GIL. Use a Handler, or access the memory by"
+			     " region.read() and the like, which release it");
+}
+
 static void put_advice(struct uffd_line *line, const struct uffd_watched *watched,
-		       uint32_t others)
+		       const struct uffd_words_wait *wait)
 {
 	int32_t sent_to = watched->sent_to;
 
+	if (wait->gil == UFFD_WORDS_READER && watched->reader == UFFD_WATCH_USER) {
+		put_gil(line, watched, wait);
+		return;
+	}
 	uffd_line_text(line, ", and nobody reads userfaultfd ");
 	uffd_line_number(line, (uint64_t)watched->fd, 10);
 	if (watched->reader == UFFD_WATCH_HANDLER) {
@@ -171,10 +196,16 @@ static void put_advice(struct uffd_line *line, const struct uffd_watched *watche
 		uffd_line_text(line, uffd_task_has_exited(sent_to)
 					     ? ", which has exited"
 					     : ", which has not read it either");
+	} else if (wait->gil) {
+		put_gil(line, watched, wait);
 	} else {
 		uffd_line_text(line, ": call read_events() and handle the messages, or"
 				     " serve it with a Handler");
 	}
+}
+
+static void put_others(struct uffd_line *line, uint32_t others)
+{
 	if (others) {
 		uffd_line_text(line, " (");
 		uffd_line_number(line, others, 10);
@@ -185,13 +216,13 @@ static void put_advice(struct uffd_line *line, const struct uffd_watched *watche
 
 void uffd_words_put(struct uffd_line *line, const struct uffd_watched *watched,
 		    const struct uffd_waiter *waiter, enum uffd_search search,
-		    uint64_t seconds, uint32_t others)
+		    const struct uffd_words_wait *wait)
 {
 	int32_t pid = watched->owner_pid;
 
 	uffd_line_text(line, "pyuffd: ");
 	put_thread(line, pid, waiter->thread_id);
-	put_seconds(line, seconds);
+	put_seconds(line, wait->seconds);
 	if (waiter->is_event) {
 		uffd_line_text(line, " in ");
 		put_call(line, pid, waiter->thread_id);
@@ -201,12 +232,13 @@ void uffd_words_put(struct uffd_line *line, const struct uffd_watched *watched,
 		if (search == UFFD_SEARCH_FOUND) {
 			put_page(line, pid, waiter->low);
 		} else {
-			uffd_line_text(line, "a page in [");
-			uffd_line_number(line, waiter->low, 16);
+			uffd_line_text(line, waiter->high ? "a page in [" : "a page of [");
+			uffd_line_number(line, waiter->high ? waiter->low : watched->low, 16);
 			uffd_line_text(line, ", ");
-			uffd_line_number(line, waiter->high, 16);
+			uffd_line_number(line, waiter->high ? waiter->high : watched->high, 16);
 			uffd_line_text(line, ")");
 		}
 	}
-	put_advice(line, watched, others);
+	put_advice(line, watched, wait);
+	put_others(line, wait->others);
 }

@@ -20,7 +20,7 @@ FLOORS = [
     {"uffd_abi", "base/page", "base/array", "base/line", "base/clock", "base/gentle", "base/tasks"},
     {"uffd_shim", "uffd_transfer", "uffd_pagemap", "uffd_owner", "access/sigbus", "access/guarded"},
     {"watch/watched", "watch/reads", "uffd_residency"},
-    {"watch/waiters"},
+    {"watch/waiters", "watch/gil"},
     {"watch/words"},
     {"watch/watch"},
     {"uffd_owned", "access/access", "access/ended"},
