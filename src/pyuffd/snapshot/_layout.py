@@ -77,6 +77,15 @@ class SnapshotLayout:
         self.lazy = PageRanges.of((m.start, m.end) for m in mappings if _is_lazy(m))
         self._last = None  # nothing is read through such a mapping
 
+    def find_lazy_since(self, tracker: DirtyTracker | None) -> None:
+        """Add what has been registered meanwhile: after the stop, since reading flags is slow."""
+        before = self.lazy
+        try:
+            self.find_lazy(tracker)
+        except OSError as error:  # it has ended, which it may by now
+            raise_if_short(f"open {error.filename}", error)
+        self.lazy = PageRanges(ranges.union(before.memoryview(), self.lazy.memoryview()))
+
     def __call__(self, mappings: Mappings) -> Sequence[Placed]:
         """Return the places of mappings.
 

@@ -65,6 +65,7 @@ def _taken(process: Process, request: Request) -> SnapshotReport:
                 in_stop = InStop(process, layout, directory, request)
                 captured = _captured(process, layout, directory, request, method, in_stop)
                 at_barrier("captured")
+                layout.find_lazy_since(request.tracker)
                 in_stop.add_to(captured)
             if captured.method != method:
                 reason = "the process writes too fast for precopy"
