@@ -22,6 +22,7 @@ from pyuffd import (
     CallableSource,
     Feature,
     Handler,
+    HandlerError,
     PagePoisonedError,
     PageState,
     Region,
@@ -387,6 +388,40 @@ def worker_killed(name: str) -> None:
 @pytest.mark.parametrize("name", MEMORY)
 def test_a_killed_worker(name: str) -> None:
     run_child(worker_killed, name)
+
+
+def adopted(name: str, events: Feature) -> None:
+    of = MEMORY_TYPES[name]
+    with Userfaultfd(features=events) as uffd, region_in_room(of, LENGTH) as region:
+        copy = Userfaultfd.from_fd(os.dup(uffd.fileno()), owner_pid=os.getpid())
+        with copy, Handler(copy) as handler:
+            handler.serve(region, BufferSource(b"x" * LENGTH))
+            region.touch(0, PAGE)
+            new = move(region.start)
+            found: list[bytes | None] = []
+
+            def read() -> None:
+                try:
+                    found.append(_memory.read(region.start + PAGE, PAGE))
+                except PagePoisonedError:
+                    found.append(None)
+
+            reader = threading.Thread(target=read, daemon=True)
+            reader.start()
+            assert _memory.read(new, LENGTH) == b"x" * LENGTH
+            reader.join(4 * SOON_S)
+            there = b"x" * PAGE if of.shared else bytes(PAGE)
+            assert found in ([there], [None] if not events & UNMAP else [there])
+            with contextlib.suppress(HandlerError):
+                handler.stop()
+        _memory.munmap(new, LENGTH)
+
+
+@pytest.mark.parametrize("unmap", [True, False], ids=["unmap", "no-unmap"])
+@pytest.mark.parametrize("name", MEMORY)
+def test_an_adopted_descriptor(name: str, unmap: bool) -> None:
+    """Without EVENT_UNMAP the old place may be an error there: never zeros for data, nor a hang."""
+    run_child(adopted, name, MOVE | (UNMAP if unmap else Feature(0)), budget_s=30)
 
 
 class RandomMoves:

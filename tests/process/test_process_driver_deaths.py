@@ -432,6 +432,7 @@ def foreign_owner(pipe: int) -> None:
 
 
 LAYOUT = Feature.EVENT_REMOVE | Feature.EVENT_REMAP | Feature.EVENT_UNMAP
+LEAVE = 1 | 4  # MREMAP_MAYMOVE | MREMAP_DONTUNMAP
 MOVE = 1 | 2  # MREMAP_MAYMOVE | MREMAP_FIXED
 SYS_MREMAP = 25
 
@@ -565,6 +566,63 @@ def unmapping_to_come() -> None:
         assert other.read() == content(6 * PAGE)[4 * PAGE :]
 
 
+def left_behind(point: Point, shared: bool, events: Feature = LAYOUT) -> None:
+    """A move leaves its old place mapped, and only the dead process knew that.
+
+    If it had applied the event, a touch of the old place is an error: never zeros, and no hang.
+    """
+    with (
+        held_worker(events) as (handler, region, points),
+        Region.memfd(LENGTH) if shared else contextlib.nullcontext(region) as memory,
+    ):
+        if shared:
+            handler.serve(memory, sources.Source(0))
+            memory.touch(0, PAGE)
+        points.arm(point)
+        mover = Task(_memory.mremap, memory.start, 8 * PAGE, 8 * PAGE, LEAVE, 0)
+        points.wait(point)
+        kill_worker(handler)
+        to = mover.result()
+        old = Task(_memory.read, memory.start + PAGE, 7 * PAGE)
+        assert _memory.read(to, 8 * PAGE) == content(8 * PAGE)
+        assert memory.read(8 * PAGE) == content(LENGTH)[8 * PAGE :]
+        if point is Point.STEP_READ:
+            assert old.result() == (content(8 * PAGE)[PAGE:] if shared else bytes(7 * PAGE))
+            assert handler.stats().unserved == 0
+        else:
+            try:
+                assert old.result() == (content(8 * PAGE)[PAGE:] if shared else bytes(7 * PAGE))
+            except PagePoisonedError:
+                with pytest.raises(HandlerError, match="not served"):
+                    handler.stop()
+        _memory.munmap(to, 8 * PAGE)
+
+
+def left_in_hand() -> None:
+    """The successor applies the event, and looks at the old place."""
+    left_behind(Point.STEP_READ, shared=False)
+
+
+def left_shared_in_hand() -> None:
+    """As above, of shared memory."""
+    left_behind(Point.STEP_READ, shared=True)
+
+
+def left_without_unmap_in_hand() -> None:
+    """Without EVENT_UNMAP."""
+    left_behind(Point.STEP_READ, False, LAYOUT & ~Feature.EVENT_UNMAP)
+
+
+def left_and_applied() -> None:
+    """The successor does not know of the old place."""
+    left_behind(Point.STEP_APPLIED, shared=False)
+
+
+def left_shared_and_applied() -> None:
+    """As above, of shared memory."""
+    left_behind(Point.STEP_APPLIED, shared=True)
+
+
 def crowd_in_hand() -> None:
     """Pages of many threads are in place, and the thread that was to wake them dies."""
     with held_worker(Feature(0)) as (handler, _, points):
@@ -607,6 +665,11 @@ CHECKS: dict[Callable[[], None], Feature] = {
     fork_in_hand: LAYOUT | Feature.EVENT_FORK,
     fork_in_two_hands: LAYOUT | Feature.EVENT_FORK,
     unmapping_to_come: LAYOUT,
+    left_in_hand: LAYOUT,
+    left_shared_in_hand: LAYOUT | Feature.MISSING_SHMEM,
+    left_without_unmap_in_hand: LAYOUT,
+    left_and_applied: LAYOUT,
+    left_shared_and_applied: LAYOUT | Feature.MISSING_SHMEM,
     crowd_in_hand: Feature(0),
 }
 
