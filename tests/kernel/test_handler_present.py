@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import pathlib
+import random
 import tempfile
 import threading
 import time
@@ -30,7 +31,7 @@ from pyuffd import (
     ZeroSource,
 )
 from pyuffd.handlers._present import Present
-from pyuffd.testing import MEMORY_TYPES, needs_privilege
+from pyuffd.testing import MEMORY_TYPES, needs, needs_privilege
 from pyuffd.testing._opening import only_user_mode
 from tests._child import run_child
 from tests._memory import PAGE, memory_params
@@ -489,3 +490,96 @@ def many_at_once() -> None:
 
 def test_many_at_once() -> None:
     run_child(many_at_once)
+
+
+class TwoOwners:
+    """A region of which two handlers, each with a userfaultfd of its own, serve parts."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.content: dict[int, bytes] = {}  # what a page has by now
+        self.source: dict[int, bytes] = {}  # what it gets when it is absent
+        self.log: list[str] = []
+
+    def check(self, region: Region, page: int) -> None:
+        expected = self.content.get(page, self.source.get(page, bytes(PAGE)))
+        assert region.read(page * PAGE, PAGE) == expected, (page, self.log)
+        self.content[page] = expected
+
+    def touch(self, region: Region, count: int) -> None:
+        for number in range(count):
+            page = self.rng.randrange(TWO_PAGES)
+            if self.rng.random() < 0.5:
+                self.content[page] = bytes([1 + number]) * PAGE
+                region.write(page * PAGE, self.content[page])
+            else:
+                self.check(region, page)
+
+    def serve(self, handler: Handler, region: Region, letter: int) -> None:
+        rng = self.rng
+        first = rng.randrange(TWO_PAGES)
+        count = rng.randint(1, TWO_PAGES - first)
+        present: Present = rng.choice(("drop", "drop", "keep", "refuse"))
+        pages = {page: bytes([letter + page]) * PAGE for page in range(first, first + count)}
+        data = b"".join(pages.values())
+        source = BufferSource(data) if handler.driver == "native" else CallableSource(Slices(data))
+        self.log.append(f"{handler.driver} {first}, {count}, {present}")
+        try:
+            handler.serve(region[first * PAGE : (first + count) * PAGE], source, present=present)
+        except (ValueError, OSError):  # served already, or has pages: nothing has changed
+            self.log.append("refused")
+            return
+        assert self.source.keys().isdisjoint(pages), self.log
+        self.source |= pages
+        if present == "drop":
+            for page in pages:
+                self.content.pop(page, None)
+
+    def run(self) -> None:
+        rng = self.rng
+        of = MEMORY_TYPES[rng.choice(("anon", "shmem", "shmem-private"))]
+        events = [rng.choice((Feature(0), Feature.EVENT_REMOVE)) for _ in range(2)]
+        with (
+            of.make(TWO_PAGES * PAGE) as region,
+            Userfaultfd(features=events[0]) as first,
+            Userfaultfd(features=events[1]) as second,
+            Handler(first, driver=rng.choice(("native", "thread"))) as one,
+            Handler(second) as other,
+        ):
+            self.touch(region, rng.randint(2, 14))
+            for _ in range(rng.randint(2, 8)):
+                handler = rng.choice((one, other))
+                self.serve(handler, region, 0x40 if handler is one else 0x80)
+                self.touch(region, rng.randint(0, 8))
+            for page in range(TWO_PAGES):
+                self.check(region, page)
+
+
+class Slices:
+    """A source in Python."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def __call__(self, offset: int, length: int) -> bytes:
+        return self._data[offset : offset + length]
+
+
+def two_owners(seed: int, count: int) -> None:
+    for number in range(seed, seed + count):
+        try:
+            TwoOwners(number).run()
+        except BaseException:
+            print(f"seed {number}")
+            raise
+
+
+TWO_PAGES = 16
+SEED = int(os.environ.get("PYUFFD_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
+
+
+@needs(Feature.EVENT_REMOVE)
+@pytest.mark.parametrize("count", [30, pytest.param(3000, marks=pytest.mark.stress)])
+def test_beside_a_second_userfaultfd(count: int) -> None:
+    """Dropping what is present, or not, beside parts that another handler serves."""
+    run_child(two_owners, SEED, count, budget_s=30 + count)

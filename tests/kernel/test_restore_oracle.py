@@ -7,6 +7,7 @@ PYUFFD_SEED is the first seed of the long run, PYUFFD_SOAK_S its seconds.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import random
 import tempfile
@@ -29,6 +30,7 @@ from pyuffd import (
     Snapshot,
     SnapshotError,
     Userfaultfd,
+    _memory,
 )
 from pyuffd.testing import needs, needs_privilege
 from tests._changing import Changing
@@ -364,3 +366,127 @@ def test_many_random_snapshots(name: str) -> None:
         some, name, SEED, 1 << 30, seconds, takes=True, budget_s=seconds + 2 * WAIT_S
     ).value
     print(f"{count} chains on {name}, from seed {SEED}")
+
+
+class Gaps:
+    """A restore of which parts are unmapped or mapped over, before it begins or meanwhile."""
+
+    def __init__(self, rng: random.Random, spans: Sequence[Span]) -> None:
+        self._rng, self._spans = rng, spans
+        self._other: dict[int, bytes | None] = {}  # what is at an address instead; None: nothing
+        self.log: list[str] = []
+
+    def change(self) -> None:
+        rng = self._rng
+        region = rng.choice(self._spans).region
+        pages = region.length // PAGE
+        first = rng.randrange(pages)
+        start, count = region.start + first * PAGE, rng.randint(1, min(pages - first, 40))
+        how = rng.choice(("unmapped", "private", "shared"))
+        self.log.append(f"{count} pages at {start:#x} {how}")
+        if how == "unmapped":
+            _memory.munmap(start, count * PAGE)
+        # No other memory may come there.
+        flags = mmap.MAP_ANONYMOUS | (mmap.MAP_SHARED if how == "shared" else mmap.MAP_PRIVATE)
+        access = 0 if how == "unmapped" else mmap.PROT_READ | mmap.PROT_WRITE
+        _memory.mmap(count * PAGE, access, flags | MAP_FIXED, address=start)
+        for at in range(start, start + count * PAGE, PAGE):
+            self._other[at] = None if how == "unmapped" else bytes(PAGE)
+
+    def touch(self, count: int) -> None:
+        for _ in range(count):
+            span = self._rng.choice(self._spans)
+            offset = self._rng.randrange(0, span.region.length, PAGE)
+            self.check(span, offset)
+            at = span.region.start + offset
+            if self._rng.random() < 0.3 and self._other.get(at, b"") is not None:
+                _memory.write(at, MARK.ljust(PAGE))
+                if at in self._other:
+                    self._other[at] = MARK.ljust(PAGE)
+                else:
+                    span.content[offset : offset + PAGE] = MARK.ljust(PAGE)
+
+    def check(self, span: Span, offset: int, *, has_ended_early: bool = False) -> None:
+        at = span.region.start + offset
+        expected = self._other.get(at, bytes(span.content[offset : offset + PAGE]))
+        if expected is None:
+            return
+        try:
+            found = _memory.read(at, PAGE)
+        except PagePoisonedError:
+            assert has_ended_early, (hex(at), self.log)
+            assert at not in self._other, (hex(at), self.log)
+        else:
+            assert found == expected, (hex(at), self.log)
+
+    def run(self, restore: Restore) -> None:
+        rng = self._rng
+        ends_early = rng.random() < 0.3
+        with restore:
+            for resumes in (not ends_early, False):
+                for _ in range(rng.randint(0, 3)):
+                    self.change()
+                    self.touch(rng.randint(0, 5))
+                if resumes:
+                    restore.resume()
+            assert ends_early or restore.wait(WAIT_S), self.log
+        for span in self._spans:
+            for offset in range(0, span.region.length, PAGE):
+                self.check(span, offset, has_ended_early=ends_early)
+
+
+def beside_gaps(seed: int) -> str | None:
+    """Restore some of a random snapshot beside gaps; return the method, or None if it cannot."""
+    rng = random.Random(seed)
+    with (
+        tempfile.TemporaryDirectory(prefix="oracle-") as folder,
+        contextlib.ExitStack() as open_,
+    ):
+        path = Images(Path(folder), seed, packs=False, large=False).paths[-1]
+        reader = Reader(path)
+        snapshot = open_.enter_context(Snapshot.open(path))
+        case = Case(rng, reader, snapshot, "anon")
+        spans = case._spans(open_)
+        options: dict[str, Any] = {"mode": case.mode, "threads": rng.choice((1, 3))}
+        if any(span.gaps for span in spans):
+            options["gaps"] = "zeros"
+        if case.mode == "copy" and rng.random() < 0.3:
+            uffd = open_.enter_context(Userfaultfd(features=LAYOUT))
+            options["handler"] = open_.enter_context(Handler(uffd))
+        pairs = [(span.start, span.region) for span in spans]
+        try:
+            restore = snapshot.restore(pairs, paused=True, **options)
+        except ValueError:
+            return None
+        Gaps(rng, spans).run(restore)
+        return restore.method
+
+
+def many_beside_gaps(seed: int, count: int, seconds: float) -> int:
+    until = time.monotonic() + seconds
+    done = 0
+    while done < count and time.monotonic() < until:
+        try:
+            beside_gaps(seed + done)
+        except BaseException:
+            print(f"seed {seed + done}")
+            raise
+        done += 1
+    return done
+
+
+LAYOUT = Feature.EVENT_REMOVE | Feature.EVENT_UNMAP
+MAP_FIXED = 0x10
+
+
+@needs(Feature.EVENT_UNMAP)
+def test_random_gaps() -> None:
+    assert run_child(many_beside_gaps, SEED, 12, WAIT_S, budget_s=2 * WAIT_S).value
+
+
+@needs(Feature.EVENT_UNMAP)
+@pytest.mark.stress
+def test_many_random_gaps() -> None:
+    seconds = SOAK_S / 5
+    count = run_child(many_beside_gaps, SEED, 1 << 30, seconds, budget_s=seconds + WAIT_S).value
+    print(f"{count} restores beside gaps, from seed {SEED}")
