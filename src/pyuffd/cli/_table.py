@@ -52,7 +52,7 @@ class Table:
         table.add_column("dirty MiB", justify="right")
         for part in sample.parts[: self._top]:
             table.add_row(
-                part.name,
+                Text(part.name),  # not markup: a process gives its mappings any names
                 f"{part.start:x}",
                 f"{(part.end - part.start) / MIB:.2f}",
                 f"{part.written_bytes / MIB:.2f}",
