@@ -65,8 +65,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--max-stall",
         type=seconds(1e-6, 1e9),
         metavar="S",
-        help="give up rather than stop the process for longer (without it, auto may end with a long"
-        " stop, and reading shared memory has no limit)",
+        help="give up if the process would be stopped for more than S seconds (without it, auto may"
+        " end with a long stop, and reading shared memory has no limit)",
     )
     parser.add_argument("--sync", action="store_true", help="wait until the file is on the disk")
     parser.add_argument("--json", action="store_true", help="print the result as a JSON object")

@@ -21,9 +21,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Describe a snapshot: the process, the instant, its parents, its largest"
         " mappings, and its working sets. Checks the tables, not the content (see `pyuffd"
         " verify`).",
-        epilog="Exit status: 0, or 2 if the snapshot is damaged, is none, or has no working set to"
-        " draw."
-        " --png needs matplotlib (pip install 'pyuffd[plot]').",
+        epilog="Exit status: 0, or 2 if the snapshot is damaged or not a snapshot, or has no"
+        " working set to draw. --png needs matplotlib (pip install 'pyuffd[plot]').",
     )
     parser.add_argument("directory", metavar="DIR", help="the snapshot")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

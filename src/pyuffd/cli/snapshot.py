@@ -55,8 +55,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--max-stall",
         type=seconds(0.001, 3600),
         metavar="S",
-        help="give up rather than stop the process for longer (0.05; no limit with stopped, or for"
-        " shared memory that is read while it is stopped)",
+        help="give up if the process would be stopped for more than S seconds (0.05; no limit with"
+        " stopped, or for shared memory that is read while it is stopped)",
     )
     parser.add_argument(
         "--rate", type=_rate, metavar="MIB", help="copy at most this many MiB per second"
