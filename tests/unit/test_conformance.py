@@ -291,7 +291,7 @@ def test_what_tests_bring_about_is_counted_and_the_rest_stands_out() -> None:
     ]
     lines = list(made.lines())[-3:]
     assert lines[0].startswith("kernel BROKEN: WARNING")
-    assert lines[1].startswith("kernel warning: EXT4-fs")
+    assert lines[1].startswith("the kernel's log, not counted: EXT4-fs")
     assert lines[2].endswith("2 about memory errors that poison simulates")
 
 

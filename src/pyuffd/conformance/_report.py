@@ -195,7 +195,7 @@ class Report:
         if not self.log_readable:
             yield "the kernel's log could not be read (it needs CAP_SYSLOG): a WARN would be missed"
         for message in self.unexpected:
-            word = "kernel BROKEN" if message.is_fatal else "kernel warning"
+            word = "kernel BROKEN" if message.is_fatal else "the kernel's log, not counted"
             yield f"{word}: {message.text} ({message.when})"
         if folded := self.expected_messages():
             parts = ", ".join(f"{count} about {what}" for what, count in folded.items())
