@@ -76,6 +76,10 @@ def shortage(page_size: int, needed: int, fd: int) -> str:
     text = f"{free} of {total} huge pages of {kib} KiB are free, {needs}"
     if free < needed:
         wanted = total + needed - free
+        memory = _meminfo("MemTotal")
+        if wanted * page_size > memory:
+            asked, has = (size / (1 << 30) for size in (wanted * page_size, memory))
+            return f"{text}: a pool of {asked:.1f} GiB, this machine has {has:.1f} GiB of memory"
         if page_size == _meminfo("Hugepagesize"):
             return f"{text}: `sysctl vm.nr_hugepages={wanted}`"
         return f"{text}: `echo {wanted} > {_pool(page_size)}/nr_hugepages`"

@@ -8,10 +8,13 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from contextlib import suppress
+from typing import Literal
 
 from pyuffd import lowlevel
 from pyuffd._machine import read_text
 
+YAMA = "/proc/sys/kernel/yama/ptrace_scope"
 SYSCTL = "/proc/sys/vm/unprivileged_userfaultfd"
 _SECCOMP_FILTER = "2"
 _ALL_USERS = ["0", "0", "4294967295"]  # the uid_map of the initial user namespace
@@ -62,7 +65,7 @@ def explain_device(code: int) -> tuple[str, str]:
         found = os.stat(device)
         return (
             f"it is {stat.filemode(found.st_mode)} of uid {found.st_uid}, gid {found.st_gid}",
-            f"chown {os.geteuid()} {device}",
+            f"chown {initial_id('uid', os.geteuid())} {device}",
         )
     if code == errno.EPERM:
         return (
@@ -83,6 +86,46 @@ def explain_device(code: int) -> tuple[str, str]:
             f"mknod -m 600 {device} c 10 {minor}",
         )
     return os.strerror(code), ""
+
+
+def initial_id(kind: Literal["uid", "gid"], number: int) -> int:
+    """Return a user or group id as the parent of this user namespace, mostly the host, has it.
+
+    A command that root of the host runs needs that one. `number` itself if it cannot be told.
+    """
+    with suppress(OSError, ValueError):
+        for line in read_text(f"/proc/self/{kind}_map").splitlines():
+            first, parent, count = map(int, line.split())
+            if first <= number < first + count:
+                return parent + number - first
+    return number
+
+
+def why_no_ptrace(pid: int, *, attaching: bool) -> str:
+    """Return why this process may not read or trace another one, and what would change it.
+
+    `attaching`: it was to be traced, which Yama restricts too.
+    """
+    as_root = "run as root, or with CAP_SYS_PTRACE"
+    owners: list[str] = []
+    with suppress(OSError):
+        for line in read_text(f"/proc/{pid}/status").splitlines():
+            if line.startswith("Uid:"):
+                owners = line.split()[1:4]
+    if owners and set(owners) != {str(os.geteuid())}:
+        return f"process {pid} belongs to another user (uid {owners[0]}): {as_root}"
+    scope = ""
+    with suppress(OSError):
+        scope = read_text(YAMA).strip()
+    if attaching and scope in ("1", "2"):
+        or_yama = ", or `sysctl kernel.yama.ptrace_scope=0`"
+        return f"kernel.yama.ptrace_scope is {scope}: {as_root}{or_yama}"
+    if attaching and scope == "3":
+        return "kernel.yama.ptrace_scope is 3: no process may be traced until the next boot"
+    return (
+        f"process {pid} may not be read or traced by its own user (it has more privileges than this"
+        f" one, or is not dumpable): {as_root}"
+    )
 
 
 def _where() -> str:

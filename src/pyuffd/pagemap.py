@@ -23,6 +23,7 @@ from pyuffd._machine import why_no_procfs
 from pyuffd._owned import Descriptor
 from pyuffd._page_ranges import PageEntries, PageRange, PageRanges
 from pyuffd._pages import RangeLike, check_range, resolve_range
+from pyuffd._refusals import why_no_ptrace
 
 __all__ = ["PageEntries", "PageRange", "PageRanges", "Pagemap", "ScanResult"]
 
@@ -118,8 +119,8 @@ class Pagemap(Closing):
             raise_errno(
                 f"open {path}",
                 code,
-                hint="reading another process's pagemap needs permission to ptrace it"
-                if code in (errno.EACCES, errno.EPERM)
+                hint=why_no_ptrace(pid, attaching=False)
+                if pid is not None and code in (errno.EACCES, errno.EPERM)
                 else "",
             )
 

@@ -23,9 +23,9 @@ COMMANDS = ("core", "core of a snapshot", "snapshot", "flatten")
 PATHS = {
     "in a file": ("file/x", "pyuffd: D/file: Not a directory\n"),
     "nowhere": ("nowhere/x", "pyuffd: D/nowhere: No such file or directory\n"),
-    "a file": ("file", "pyuffd: D/file: File exists\n"),
-    "a folder": ("full", "pyuffd: D/full: File exists\n"),
-    "a link": ("link", "pyuffd: D/link: File exists\n"),
+    "a file": ("file", "pyuffd: D/file: File exists; choose another name, or remove it\n"),
+    "a folder": ("full", "pyuffd: D/full: File exists; choose another name, or remove it\n"),
+    "a link": ("link", "pyuffd: D/link: File exists; choose another name, or remove it\n"),
     "not ours": ("not-ours/x", "pyuffd: D/not-ours: Permission denied\n"),
 }
 NOBODY = 65534

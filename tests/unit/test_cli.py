@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import importlib.util
 import io
+import os
 import re
 import subprocess
 import sys
@@ -19,12 +20,13 @@ from typing import Any
 import pytest
 
 import pyuffd
-from pyuffd import Feature, cli
+from pyuffd import Feature, KernelSupport, cli
 from pyuffd._errors import UffdOSError
 from pyuffd._probe import OpenSupport
-from pyuffd._refusals import explain_device, explain_syscall
+from pyuffd._refusals import YAMA, explain_device, explain_syscall, why_no_ptrace
 from pyuffd.cli import _cgroup, _report, doctor
 from pyuffd.cli import _report_types as keys
+from pyuffd.lowlevel import DEVICE
 from tests._child import ROOT, limit_s
 
 KEY = re.compile(r"^\| `([^`]+)` \|", re.MULTILINE)
@@ -328,20 +330,65 @@ def test_why_there_is_no_device(
     assert found_command == command
 
 
+def test_commands_for_root_use_ids_of_the_parent_user_namespace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Root of the host runs them, to whom uid 0 of this namespace is another user."""
+    maps = {"/proc/self/uid_map": "0 100000 65536\n", "/proc/self/gid_map": "0 200000 65536\n"}
+    monkeypatch.setattr("pyuffd._refusals.read_text", maps.__getitem__)
+    monkeypatch.setattr("pyuffd.cli._report._text", lambda path: maps[str(path)])
+    uid, gid = os.geteuid(), os.getegid()
+    if Path(DEVICE).exists():
+        assert explain_device(errno.EACCES)[1] == f"chown {100000 + uid} {DEVICE}"
+    support = KernelSupport(
+        release="6.1",
+        features=Feature(0),
+        refused=Feature.EVENT_FORK,
+        ioctls=pyuffd.Ioctl(0),
+        opens={},
+        memory={},
+        scan_categories=pyuffd.PageCategory.WRITTEN,
+    )
+    command = next(iter(_report._missing_features(support))).command
+    assert f"--reuid={100000 + uid} --regid={200000 + gid} " in str(command)
+
+
+@pytest.mark.parametrize(
+    ("owner", "yama", "attaching", "reason"),
+    [
+        (4242, "1", True, "process 7 belongs to another user (uid 4242): run as root, or with"),
+        (4242, "0", False, "process 7 belongs to another user (uid 4242): run as root, or with"),
+        (None, "1", True, "ptrace_scope is 1: run as root, or with CAP_SYS_PTRACE, or `sysctl ker"),
+        (None, "3", True, "ptrace_scope is 3: no process may be traced"),
+        (None, "1", False, "process 7 may not be read or traced by its own user"),
+    ],
+)
+def test_why_another_process_may_not_be_traced(
+    owner: int | None, yama: str, attaching: bool, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uid = os.geteuid() if owner is None else owner
+    texts = {"/proc/7/status": f"Name:\tx\nUid:\t{uid}\t{uid}\t{uid}\t{uid}\n", YAMA: yama}
+    monkeypatch.setattr("pyuffd._refusals.read_text", texts.__getitem__)
+    assert reason in why_no_ptrace(7, attaching=attaching)
+
+
 def test_one_seccomp_filter_is_one_missing_thing() -> None:
     refused = OpenSupport(False, errno.EPERM, "a seccomp filter", "docker run")
+    device = OpenSupport(False, errno.ENOENT, "no device", "mknod")
     support = pyuffd.KernelSupport(
         release="6.1",
         features=Feature(0),
         refused=Feature(0),
         ioctls=pyuffd.Ioctl(0),
-        opens={"syscall": refused, "device": OpenSupport(True), "user_mode_only": refused},
+        opens={"syscall": refused, "device": device, "user_mode_only": refused},
         memory={},
         scan_categories=pyuffd.PageCategory.WRITTEN,
     )
-    assert list(_report._missing_ways(support)) == [
-        keys.Missing("the userfaultfd system call", "a seccomp filter", "docker run")
-    ]
+    missing = list(_report._missing_ways(support))
+    assert keys.Missing("the userfaultfd system call", "a seccomp filter", "docker run") in missing
+    assert len(missing) == 2  # the device is the other
+    works = dataclasses.replace(support, opens={**support.opens, "device": OpenSupport(True)})
+    assert not list(_report._missing_ways(works))  # one way suffices
 
 
 # The page

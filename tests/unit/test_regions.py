@@ -35,7 +35,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         pool.mkdir()
         for name, count in pages.items():
             (pool / name).write_text(f"{count}\n")
-    meminfo = {"Hugepagesize": HUGE, "SwapTotal": 0, "SwapFree": 0}
+    meminfo = {"Hugepagesize": HUGE, "SwapTotal": 0, "SwapFree": 0, "MemTotal": 16 << 30}
     monkeypatch.setattr(_machine, "POOLS", str(tmp_path))
     monkeypatch.setattr(_machine, "_meminfo", meminfo.__getitem__)
     return meminfo
@@ -75,6 +75,16 @@ def test_shortage_names_the_command(machine: dict[str, int]) -> None:
     assert "`sysctl vm.nr_hugepages=10`" in text
     giant = _machine.shortage(GIANT, 2, -1)
     assert f"`echo 2 > {_machine.POOLS}/hugepages-1048576kB/nr_hugepages`" in giant
+
+
+def test_shortage_names_no_command_that_takes_more_than_all_memory(
+    machine: dict[str, int],
+) -> None:
+    for size, count in ((HUGE, 1 << 19), (GIANT, 17)):
+        text = _machine.shortage(size, count, -1)
+        assert f"are needed: a pool of {'1024' if size == HUGE else '17'}.0 GiB" in text
+        assert "this machine has 16.0 GiB of memory" in text
+        assert "`" not in text
 
 
 def test_swap_problem(machine: dict[str, int]) -> None:

@@ -271,6 +271,8 @@ def _missing_ways(support: KernelSupport) -> Iterator[Missing]:
         "device": "/dev/userfaultfd",
         "user_mode_only": "UFFD_USER_MODE_ONLY",
     }
+    if support.opens["syscall"].works or support.opens["device"].works:
+        return  # one way suffices
     said = set()
     for name, way in support.opens.items():
         if not way.works and way not in said:
@@ -278,12 +280,21 @@ def _missing_ways(support: KernelSupport) -> Iterator[Missing]:
             yield Missing(names[name], way.reason, way.command or None)
 
 
+def _initial_id(kind: str, number: int) -> int:
+    """Return an id as the parent of this user namespace has it, whose root runs the command."""
+    for line in (_text(Path(f"/proc/self/{kind}_map")) or "").splitlines():
+        first, parent, count = map(int, line.split())
+        if first <= number < first + count:
+            return parent + number - first
+    return number
+
+
 def _missing_features(support: KernelSupport) -> Iterator[Missing]:
     if support.refused:
         command = [
             "setpriv",
-            f"--reuid={os.geteuid()}",
-            f"--regid={os.getegid()}",
+            f"--reuid={_initial_id('uid', os.geteuid())}",
+            f"--regid={_initial_id('gid', os.getegid())}",
             "--init-groups",
             "--inh-caps=+sys_ptrace",
             "--ambient-caps=+sys_ptrace",

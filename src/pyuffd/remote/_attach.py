@@ -24,6 +24,7 @@ from pyuffd._errors import (
 from pyuffd._limits import frozen_cgroup, raise_limit
 from pyuffd._opening import probe_api
 from pyuffd._owned import Descriptor
+from pyuffd._refusals import why_no_ptrace
 from pyuffd._remote_calls import Attached, AttachPoint
 from pyuffd._uffd import Userfaultfd
 from pyuffd.remote._mappings import Mapping, Mappings, middle_of_gap, named, of_flags
@@ -250,13 +251,13 @@ def _fail(pid: int, result: Attached | None, tid: int, refusals: Refusals) -> No
         hint = f"thread {tid} did not stop in time: {why_not_stopped(tid)}"
     elif _is_refused(result):
         hint = refusals.why(
-            "ptrace is refused (CAP_SYS_PTRACE, Yama), or it has a seccomp filter and suspending"
-            " it needs CAP_SYS_ADMIN"
+            why_no_ptrace(pid, attaching=True)
+            + "; or it has a seccomp filter, and suspending it needs CAP_SYS_ADMIN"
         )
     elif code in (errno.EPERM, errno.EACCES, errno.ENOSYS) and point is AttachPoint.CLONED:
         hint = (
             "the target may not open a userfaultfd (vm.unprivileged_userfaultfd=0), and"
-            f" {DEVICE} could not be opened for it here"
+            f" {DEVICE} could not be opened for it here: `sysctl vm.unprivileged_userfaultfd=1`"
         )
     elif code == errno.EMFILE and _may_open():
         hint = "its limit of descriptors (RLIMIT_NOFILE) is below the three that this needs"

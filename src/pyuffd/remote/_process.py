@@ -119,8 +119,7 @@ class Process(Closing):
         except OSError as error:
             code = error.errno or errno.ESRCH
             if code != errno.EINVAL and code != errno.ENOENT:  # Linux 6.9 says ENOENT for a thread
-                hint = f"there is no process {pid}" if code == errno.ESRCH else ""
-                raise_errno(f"pidfd_open {pid}", code, hint=hint)
+                raise_errno(f"pidfd_open {pid}", code)
             self.pid = pid = _leader(pid)
             descriptor = Descriptor.of_process(pid)
         self._thread = thread_with_memory(pid)

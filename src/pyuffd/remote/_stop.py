@@ -14,6 +14,7 @@ from pyuffd._arguments import check_seconds
 from pyuffd._closing import Closing
 from pyuffd._errors import ClosedError, StopTimeoutError, UffdOSError, raise_errno
 from pyuffd._limits import frozen_cgroup, raise_limit
+from pyuffd._refusals import why_no_ptrace
 from pyuffd.remote._target import Target
 from pyuffd.remote._threads import Refusals, wait_channel
 
@@ -194,7 +195,7 @@ def _fail(process: Target, held: calls.StoppedThreads, limit_s: float, refusals:
         )
     hint = ""
     if held.code == errno.EPERM:
-        hint = refusals.why("ptrace is refused (CAP_SYS_PTRACE, Yama)")
+        hint = refusals.why(why_no_ptrace(process.pid, attaching=True))
     if held.code == errno.EAGAIN:
         raise_limit(f"stop process {process.pid}", held.code)
     raise_errno(f"stop process {process.pid}", held.code, hint=hint, tid=held.tid)

@@ -11,7 +11,7 @@ from pyuffd._closing import Closing
 from pyuffd._machine import raise_without_procfs
 from pyuffd._owned import Descriptor, FileName
 from pyuffd.snapshot import _core_elf
-from pyuffd.snapshot._output import named, sync, write_at
+from pyuffd.snapshot._output import name_is_taken, named, sync, write_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -118,7 +118,7 @@ class NewFile(Closing):
             os.lstat(self._name, dir_fd=self._folder.number)
         except FileNotFoundError:
             return
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), self.path)
+        raise name_is_taken(self.path)
 
     def _hidden_file(self) -> Descriptor:
         self._hidden_name = f".{self._name[:200]}.{secrets.token_hex(8)}"

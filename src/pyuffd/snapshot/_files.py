@@ -16,7 +16,7 @@ from pyuffd import _image_calls as calls
 from pyuffd._owned import Descriptor
 from pyuffd.snapshot._capture import SnapshotProgress
 from pyuffd.snapshot._format import PAGES
-from pyuffd.snapshot._output import named, sync, write_at
+from pyuffd.snapshot._output import name_is_taken, named, sync, write_at
 
 # What mkdir(2) says about the folder that it would be in.
 _OF_PARENT = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -25,7 +25,7 @@ _OF_PARENT = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROF
 def check_absent(path: str | os.PathLike[str]) -> None:
     """Raise FileExistsError if something has this name, a link too."""
     if os.path.lexists(path):
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        raise name_is_taken(str(path))
 
 
 class NewDirectory:
@@ -146,12 +146,12 @@ class NewDirectory:
 def _rename_new(source: Path, target: Path) -> None:
     """Rename a directory; rename(2) replaces nothing but an empty directory."""
     if os.path.lexists(target):
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+        raise name_is_taken(str(target))
     try:
         os.rename(source, target)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.ENOTDIR):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+            raise name_is_taken(str(target)) from None
         raise OSError(error.errno, error.strerror, str(target)) from None
 
 

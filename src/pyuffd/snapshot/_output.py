@@ -25,6 +25,12 @@ _WRITES = (
 _OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
+def name_is_taken(path: str) -> FileExistsError:
+    """Return the error for an output whose name something has."""
+    text = f"{os.strerror(errno.EEXIST)}; choose another name, or remove it"
+    return FileExistsError(errno.EEXIST, text, path)
+
+
 def write_at(fd: int, content: bytes | memoryview, offset: int) -> None:
     """Write all of it."""
     view = memoryview(content)
