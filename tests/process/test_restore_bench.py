@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pyuffd import Feature, RunState
+from pyuffd import Feature, RunState, Snapshot, UffdPermissionError
 from pyuffd.cli import main
 from pyuffd.testing import needs, needs_privilege
 from tests import _images
@@ -41,6 +43,26 @@ def test_one_method_as_a_table(chain: Path, capsys: pytest.CaptureFixture[str]) 
     head, read, mapped = capsys.readouterr().out.splitlines()
     assert head.split()[-1] == "MiB/s"
     assert (read.split()[0], mapped.split()[0]) == ("read", "map")
+
+
+def test_methods_that_need_privilege_are_left_out(
+    chain: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restore = Snapshot.restore
+
+    def refused(self: Snapshot, *args: Any, **options: Any) -> Any:
+        if options["mode"] in ("copy", "minor"):
+            raise UffdPermissionError(errno.EPERM, "userfaultfd")
+        return restore(self, *args, **options)
+
+    monkeypatch.setattr(Snapshot, "restore", refused)
+    assert main(["restore-bench", str(chain)]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:]}
+    assert "needs a userfaultfd" in lines["copy"]
+    assert "needs a userfaultfd" in lines["minor"]
+    assert "needs a userfaultfd" not in lines["map"]
+    assert main(["restore-bench", "--mode", "copy", str(chain)]) == 2
+    assert "needs a userfaultfd" in capsys.readouterr().err
 
 
 def test_what_is_wrong(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

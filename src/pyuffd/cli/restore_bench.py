@@ -19,6 +19,7 @@ from pyuffd import (
     SnapshotError,
     SnapshotFormatError,
     SnapshotRegion,
+    UffdPermissionError,
 )
 from pyuffd.cli._progress import MIB
 
@@ -76,6 +77,9 @@ def run(args: argparse.Namespace) -> int:
     for mode in (None, *(args.mode or MODES)):
         found = [_one(args, mode, paths) for _ in range(args.rounds)]
         rows.append(min(found, key=lambda row: row.get("touched_s", 0.0)))
+    if all("refused" in row for row in rows[1:]):
+        print(f"pyuffd: {rows[1]['refused']}", file=sys.stderr)
+        return 2
     if args.json:
         print(json.dumps({"snapshot": args.directory, "cold": args.cold, "rows": rows}))
         return 0
@@ -144,6 +148,9 @@ def _one(args: argparse.Namespace, mode: Mode | None, paths: list[str]) -> dict[
             )
         except SnapshotFormatError:
             raise
+        except UffdPermissionError:
+            why = "needs a userfaultfd, which this user may not open: see `pyuffd doctor`"
+            return {"name": mode, "refused": why}
         except (ValueError, SnapshotError) as error:
             return {"name": mode, "refused": str(error)}
         with restore:
