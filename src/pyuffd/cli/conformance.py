@@ -18,6 +18,12 @@ EXIT_ERROR = 2
 EXIT_NO_CASE = 5  # pytest's
 EXIT_NOTHING_CHECKED = 77
 
+_VERDICTS = {
+    0: "passed: no case failed, and those that were skipped lack something here",
+    1: "failed: at least one case did, or the kernel logged a WARN or BUG",
+    EXIT_NO_CASE: "nothing was run",
+    EXIT_NOTHING_CHECKED: "skipped: nothing was checked",
+}
 _ARGUMENTS = ("-p", "pyuffd.conformance.plugin", "-p", "no:cacheprovider", "-q", "-W", "error")
 
 
@@ -117,6 +123,7 @@ def _run(args: argparse.Namespace) -> int:
             " suite needs a userfaultfd, and most of it root",
             file=sys.stderr,
         )
+    print(f"pyuffd: {_VERDICTS.get(status, 'the run was not complete')} (exit status {status})")
     return status
 
 
