@@ -9,7 +9,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pyuffd import CoreFile, Process, Snapshot, write_core
+from pyuffd import (
+    CoreFile,
+    DirtyTracker,
+    Process,
+    ProcessGoneError,
+    Snapshot,
+    UffdOSError,
+    probe,
+    write_core,
+)
 from pyuffd.cli._counted import counted
 from pyuffd.cli._expected import (
     has_shared_files,
@@ -125,6 +134,11 @@ def _announcement(args: argparse.Namespace, target: Process) -> str:
     name = "".join(c if c.isprintable() else "?" for c in name[:-1])  # a process may set any name
     if args.method == "stopped":
         pause = f"while all memory is copied, {whole_pause(target):.2f} s or more"
+    elif why := _why_untracked(args, target):
+        pause = (
+            f"while {size / MIB:.0f} MiB are copied, {whole_pause(target):.2f} s or more, as its"
+            f" writes cannot be tracked here ({why}); with --method precopy there is no core then"
+        )
     else:
         limit_s = args.max_stall or STALL_S
         files = args.full or has_shared_files(target)
@@ -135,6 +149,25 @@ def _announcement(args: argparse.Namespace, target: Process) -> str:
         f"process {target.pid} ({name}), {threads}, {size / MIB:.1f} MiB of its own:"
         f" it will be stopped {pause}"
     )
+
+
+def _why_untracked(args: argparse.Namespace, target: Process) -> str:
+    """Return why auto will copy all of it in the stop; "" if it will not.
+
+    It is tried only where this process may not open a userfaultfd either: trying stops the target.
+    """
+    if args.method != "auto" or args.max_stall is not None:
+        return ""
+    opens = probe().opens
+    if opens["syscall"].works or opens["device"].works:
+        return ""
+    try:
+        DirtyTracker(target, method="wp-async").close()
+    except ProcessGoneError:
+        raise
+    except UffdOSError as error:
+        return str(error)
+    return ""
 
 
 # What is printed
