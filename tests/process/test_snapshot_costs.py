@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from pyuffd import (
     Region,
     SnapshotReport,
     Userfaultfd,
+    _remote_calls,
 )
 from pyuffd import _image_calls as calls
 from pyuffd._saver_calls import Saver
@@ -107,6 +109,28 @@ def test_memory_for_the_stop_is_as_large_as_needed(tmp_path: Path) -> None:
             all_of_it = resident() - before
         assert few < 8 << 20
         assert all_of_it > MEMORY * 9 // 10
+
+
+def test_an_exception_in_the_stop_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its traceback has a view of the memory for the stop."""
+
+    def interrupted(pid: int, ranges: object, target: memoryview, base: int | None) -> None:
+        view = target[:1]
+        raise KeyboardInterrupt(len(view))
+
+    monkeypatch.setattr(_remote_calls, "read_ranges", interrupted)
+    with (
+        Process(os.getpid()) as process,
+        new_file(tmp_path / "pages") as fd,
+        Region.anonymous(PAGE) as region,
+        pytest.raises(KeyboardInterrupt),
+        Writer(process, fd, Options()) as writer,
+    ):
+        writer.prepare(PAGE)
+        pages = PageRanges.of([(region.start, region.start + PAGE)]).memoryview()
+        writer.take(pages, calls.Pieces([(region.start, region.start + PAGE, 0, True)]), math.inf)
 
 
 def nice_of_copier() -> int | None:

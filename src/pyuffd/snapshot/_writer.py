@@ -231,11 +231,12 @@ class Writer:
         return captured
 
     def close(self) -> None:
-        """Close /proc/PID/mem, and free the memory."""
+        """Close /proc/PID/mem, and free the memory; may be called again."""
         self._mem.close()
-        memory, self._memory = self._memory, None
-        if memory is not None:
-            memory.close()
+        if self._memory is not None:
+            with suppress(BufferError):  # the traceback of an exception looks at it, and frees it
+                self._memory.close()
+            self._memory = None
 
     def __enter__(self) -> Writer:
         return self
