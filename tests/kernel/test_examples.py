@@ -8,6 +8,7 @@ import pytest
 
 from pyuffd import Feature
 from pyuffd.testing import needs, needs_hugepages, needs_privilege
+from pyuffd.testing._huge_pages import free_hugepages
 from pyuffd.testing._needs import needs_kernel_faults
 from tests._child import run_child
 
@@ -102,5 +103,7 @@ def test_example(name: str) -> None:
 
 def test_hugetlb_without_huge_pages_says_how_to_get_some() -> None:
     source = (EXAMPLES / "06_hugetlb.py").read_text()
-    too_many = source.replace("PAGES = 4\n", "PAGES = 1 << 20\n")
+    too_many = source.replace("PAGES = 4\n", f"PAGES = {free_hugepages() + 1000}\n")
     assert "sysctl vm.nr_hugepages=" in run_child(too_many).stdout
+    more_than_all = source.replace("PAGES = 4\n", "PAGES = 1 << 20\n")
+    assert "a pool of 2" in run_child(more_than_all).stdout
