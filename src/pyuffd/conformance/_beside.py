@@ -83,6 +83,19 @@ class Access(SoleOwner, Generic[T]):
             self._returned = -1
 
 
+def read_until(end: int, uffd: Userfaultfd) -> Event | None:
+    """Read one event; return None if none is there when `end` becomes readable."""
+    poll = select.poll()
+    poll.register(uffd, select.POLLIN)
+    poll.register(end, select.POLLIN)
+    while True:
+        ready = dict(poll.poll())
+        if ready.get(uffd.fileno(), 0) & select.POLLIN and (events := uffd.read_events(1)):
+            return events[0]
+        if end in ready:
+            return None
+
+
 class Child(SoleOwner):
     """A forked child of this process that touches its memory on command.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import select
 import socket
 import time
@@ -17,7 +18,7 @@ from pyuffd._events import Pagefault
 from pyuffd._memory import Interrupted
 from pyuffd._uffd import Event, Fork, Userfaultfd
 from pyuffd.conformance import _raw, _wording
-from pyuffd.conformance._beside import WAIT_S, Access, Child, Monitor
+from pyuffd.conformance._beside import WAIT_S, Access, Child, Monitor, read_until
 from pyuffd.conformance._raw import Answer
 from pyuffd.conformance._spec import Spec
 from pyuffd.conformance._wording import Mismatch, letters, show
@@ -143,16 +144,34 @@ class Context(SoleOwner):
             Mismatch: the first event was not a Fork.
         """
         uffd = uffd or (self._uffds[0] if self._uffds else None)
-        reader = None
-        if uffd is not None and uffd.features & Feature.EVENT_FORK:
-            reader = self.start(self._read_one, uffd)
-        child = self.fork_only()
-        if reader is not None:
-            event = reader.result()
-            if not isinstance(event, Fork):
-                self.fail("the event of the fork", event, "Fork")
-            child.uffd = event.uffd
+        if uffd is None or not uffd.features & Feature.EVENT_FORK:
+            return self.fork_only()
+        child, found = self.fork_with_events(uffd)
+        child.uffd = found[0]
         return child
+
+    def fork_with_events(self, *uffds: Userfaultfd) -> tuple[Child, list[Userfaultfd]]:
+        """Fork a child that runs no Python; read one event of each of these meanwhile.
+
+        Returns:
+            The child, and its own userfaultfd from each event.
+
+        Raises:
+            Mismatch: no event, or not a Fork.
+        """
+        end = os.eventfd(0, os.EFD_CLOEXEC)
+        self.callback(os.close, end)
+        # They read as long as the fork lasts: it waits for good if its event is not read.
+        readers = [self.start(read_until, end, uffd) for uffd in uffds]
+        try:
+            child = self.fork_only()
+        finally:
+            os.eventfd_write(end, 1)
+        events = [reader.result() for reader in readers]
+        for event in events:
+            if not isinstance(event, Fork):
+                self.fail("the event of the fork", "none" if event is None else event, "Fork")
+        return child, [event.uffd for event in events if isinstance(event, Fork)]
 
     def fork_only(self) -> Child:
         """Fork a child that runs no Python; the caller must read the Fork event, if any."""

@@ -6,7 +6,9 @@ import contextlib
 import mmap
 import os
 import signal
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,7 @@ from pyuffd.testing import needs
 from tests._child import run_child
 
 SYS_GETPID = 39
+SHORT_S = 0.3
 VARIANTS = (Variant("now", "MOVE", features=Feature.MOVE), Variant("never", "", lacks=Feature.MOVE))
 
 
@@ -25,7 +28,7 @@ VARIANTS = (Variant("now", "MOVE", features=Feature.MOVE), Variant("never", "", 
 def ctx(monkeypatch: pytest.MonkeyPatch) -> Iterator[Context]:
     """A context on anonymous memory whose waits are short."""
     for module in ("_context", "_beside"):
-        monkeypatch.setattr(f"pyuffd.conformance.{module}.WAIT_S", 0.3)
+        monkeypatch.setattr(f"pyuffd.conformance.{module}.WAIT_S", SHORT_S)
     case = Case(
         name="t.x",
         summary="x",
@@ -111,6 +114,21 @@ def test_fork_with_the_event_on_gives_the_child_s_descriptor(ctx: Context) -> No
     child.uffd.copy(start, b"c" * ctx.page)
     assert access.result() == b"c"
     ctx.expect_quiet()
+
+
+@needs(Feature.EVENT_FORK)
+def test_a_late_fork_finds_its_reader(ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader gave up before, on a busy machine, and the fork waited for good."""
+    ctx.open(Feature.EVENT_FORK)
+    missing(ctx)
+    fork_only = Context.fork_only
+
+    def late(self: Context) -> Any:
+        time.sleep(2 * SHORT_S)
+        return fork_only(self)
+
+    monkeypatch.setattr(Context, "fork_only", late)
+    assert ctx.fork().uffd is not None
 
 
 def test_fault_of_another_kind_or_none_is_a_mismatch(ctx: Context) -> None:

@@ -8,7 +8,7 @@ import mmap
 from pyuffd import _memory
 from pyuffd._abi import Feature, RegisterMode
 from pyuffd._events import Unmap
-from pyuffd._uffd import Fork, Userfaultfd
+from pyuffd._uffd import Userfaultfd
 from pyuffd.conformance._case import case
 from pyuffd.conformance._context import Child, Context
 from pyuffd.conformance._types import ANON, ANY, missing_features
@@ -85,9 +85,7 @@ def _with_fork(memory: MemoryType) -> Feature:
 
 def _forked(ctx: Context, *uffds: Userfaultfd) -> tuple[Child, list[Userfaultfd]]:
     """Fork; return the child and the new userfaultfd of each event."""
-    readers = [ctx.start(ctx.expect_event, Fork, uffd) for uffd in uffds]
-    child = ctx.fork_only()
-    found = [reader.result().uffd for reader in readers]
+    child, found = ctx.fork_with_events(*uffds)
     for uffd in found:
         ctx.callback(uffd.close)
     return child, found
