@@ -402,12 +402,19 @@ def refuse(_: SnapshotProgress) -> None:
     raise Refused
 
 
-def test_an_exception_ends_it(tmp_path: Path) -> None:
+def refuse_late(_: SnapshotProgress) -> None:
+    """Refuse when the helper has long done everything."""
+    time.sleep(0.5)
+    raise Refused
+
+
+@pytest.mark.parametrize("progress", [refuse, refuse_late])
+def test_an_exception_ends_it(tmp_path: Path, progress: Callable[[SnapshotProgress], None]) -> None:
     """Nothing is left of the helper, nor of the snapshot."""
     with Region.anonymous(64 * PAGE) as region:
         region.fill(1)
         with pytest.raises(Refused):
-            Snapshot.take(region, tmp_path / "a", method="stopped", progress=refuse)
+            Snapshot.take(region, tmp_path / "a", method="stopped", progress=progress)
     assert os.listdir(tmp_path) == []
 
 

@@ -37,6 +37,8 @@ from pyuffd.snapshot._take import check, take
 _LENGTH = struct.Struct("=Q")
 # The helper's snapshot leaves nothing if it ends by itself; it may have to wait for its disk.
 END_S = 10.0
+# The snapshot may get its name: nobody has raised an exception meanwhile.
+_GO_ON = b"g"
 AGAIN_S = 0.005  # until an end that was swallowed is tried again
 _PROGRAM = (
     "import sys; sys.path[:] = {path!r};"
@@ -95,6 +97,9 @@ def _result(
         if isinstance(message, SnapshotProgress):
             if request.progress is not None:
                 request.progress(message)
+            if message.phase == "name":
+                with suppress(ConnectionError):  # it has ended
+                    ours.sendall(_GO_ON)
         elif isinstance(message, SnapshotReport):
             return message
         elif isinstance(message, BaseException):
@@ -222,12 +227,21 @@ def _follow(pidfd: int) -> None:
 
 
 class _Sender:
-    """Sends progress, as long as there is room: who is to read it may be stopped."""
+    """Sends progress, as long as there is room: who is to read it may be stopped.
+
+    Before the snapshot gets its name it waits until all progress has been told: `take` that raises
+    leaves no snapshot.
+    """
 
     def __init__(self, to: socket.socket) -> None:
         self._to = to
 
     def __call__(self, progress: SnapshotProgress) -> None:
+        if progress.phase == "name":
+            _send(self._to, progress)
+            if self._to.recv(len(_GO_ON)) != _GO_ON:
+                raise ProcessLookupError
+            return
         poll = Poll()
         poll.register(self._to, select.POLLOUT)
         if poll.poll(0):
