@@ -8,7 +8,7 @@ import signal
 import sys
 from dataclasses import asdict
 
-from pyuffd import Process, Snapshot, SnapshotReport
+from pyuffd import Process, Snapshot, SnapshotReport, UffdOSError
 from pyuffd.cli._expected import limited_pause, shared_memory, whole_pause
 from pyuffd.cli._progress import MIB, progress_shown, until_named
 from pyuffd.cli._signals import ended_by
@@ -102,6 +102,11 @@ def run(args: argparse.Namespace) -> int:
                     progress=until_named(shown),
                 )
             print(json.dumps(asdict(report)) if args.json else _table(report))
+    except UffdOSError as error:
+        if args.method != "auto" or not error.op.startswith("userfaultfd in the target"):
+            raise
+        ways = (error.hint, "or --method stopped, which needs no userfaultfd")
+        raise error.with_hint("; ".join(filter(None, ways))) from None
     except ValueError as error:
         print(f"pyuffd: {error}", file=sys.stderr)
         return 2
