@@ -39,7 +39,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="run the cases",
         description="Run the cases with pytest (pip install pyuffd[testing]). Exit status: 0 if all"
         " passed or were skipped because something is missing, 1 if one failed or the kernel logged"
-        f" a warning, {EXIT_NOTHING_CHECKED} if all were skipped; others are pytest's."
+        f" a WARN or BUG, {EXIT_NOTHING_CHECKED} if all were skipped; others are pytest's."
         " PYUFFD_TESTS=require turns skips into failures.",
     )
     run_.add_argument("-k", metavar="EXPR", help="only the cases whose ids match, as pytest's -k")
