@@ -262,8 +262,13 @@ def _images(
 
 def _retried(call: Callable[[], _T]) -> _T:
     for _ in range(ATTEMPTS - 1):
-        with contextlib.suppress(pyuffd.StopTimeoutError):
+        try:
             return call()
+        except pyuffd.StopTimeoutError:
+            pass
+        except pyuffd.SnapshotError as error:
+            if error.reason != "stalled":
+                raise
     return call()
 
 
