@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from pyuffd.testing._run import SCALE
+from tests._child import crowd, limit_s
 from tests.process._attach import status, wait_until
 from tests.process._tracking import OF_OTHERS
 
@@ -167,24 +168,24 @@ UNREADABLE = ("nothing", "hole", "moved")
 @pytest.mark.parametrize("what", MAPPED)
 def test_writers_are_let_go(what: str, ends: str, tmp_path: Path) -> None:
     with running(TARGET, PAGES) as target:
-        start = answer(target, 10 * SCALE)
+        start = answer(target, limit_s(10))
         with running(TAKER, target.pid, start, PAGES * 4096, tmp_path / "image", LIMIT_S) as taker:
-            assert answer(taker, 20 * SCALE) == "resumed"
+            assert answer(taker, limit_s(20)) == "resumed"
             tell(target, what)
-            assert answer(target, 10 * SCALE) == "done"
+            assert answer(target, limit_s(10)) == "done"
             if ends == "guard":
                 taker.send_signal(signal.SIGSTOP)
                 while psutil.Process(taker.pid).status() != psutil.STATUS_STOPPED:
                     time.sleep(0.001)
             else:
                 tell(taker, "fork")
-                assert answer(taker, 10 * SCALE) == "failed"
+                assert answer(taker, limit_s(10)) == "failed"
             tell(target, "write")
             assert answer(target, WAIT_S) == "done"
             if ends == "guard":
                 taker.send_signal(signal.SIGCONT)
                 tell(taker, "go on")
-                assert answer(taker, 20 * SCALE) == "stalled"
+                assert answer(taker, limit_s(20)) == "stalled"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -197,30 +198,31 @@ def waits_in(tid: int) -> str:
 def test_a_writer_whose_page_is_mapped_over(what: str, tmp_path: Path) -> None:
     """It goes on with the snapshot, although the page that it waits for is not protected now."""
     with running(TARGET, PAGES) as target:
-        start = answer(target, 10 * SCALE)
+        start = answer(target, limit_s(10))
         with running(TAKER, target.pid, start, PAGES * 4096, tmp_path / "image", LONG_S) as taker:
-            assert answer(taker, 20 * SCALE) == "resumed"
+            assert answer(taker, limit_s(20)) == "resumed"
             taker.send_signal(signal.SIGSTOP)
             wait_until("it is stopped", lambda: status(taker.pid)["State"][0] == "T")
             tell(target, "race")
-            writer = int(answer(target, 10 * SCALE))
+            writer = int(answer(target, limit_s(10)))
             wait_until("it waits for its page", lambda: waits_in(writer) == "-1")
             tell(target, what)
             wait_until("it waits", lambda: status(target.pid)["State"][0] == "D")
             taker.send_signal(signal.SIGCONT)
-            assert answer(target, 10 * SCALE) == "done"
+            assert answer(target, limit_s(10)) == "done"
 
 
 def test_a_target_that_moves_its_memory_all_the_time(tmp_path: Path) -> None:
     """A snapshot goes on, however often: nothing is noted of a move that is over."""
     moves = 70_000
     with running(TARGET, PAGES) as target:
-        start = answer(target, 10 * SCALE)
+        start = answer(target, limit_s(10))
         with running(
-            TAKER, target.pid, start, PAGES * 4096, tmp_path / "image", LIMIT_S, "quickly"
+            *(TAKER, target.pid, start, PAGES * 4096),
+            *(tmp_path / "image", LIMIT_S * crowd(), "quickly"),
         ) as taker:
-            assert answer(taker, 20 * SCALE) == "resumed"
+            assert answer(taker, limit_s(20)) == "resumed"
             tell(target, f"move {moves}")
-            assert answer(target, 60 * SCALE) == "done"
+            assert answer(target, limit_s(60)) == "done"
             tell(taker, "go on")
-            assert answer(taker, 20 * SCALE) == "taken"
+            assert answer(taker, limit_s(20)) == "taken"
