@@ -84,9 +84,11 @@ static enum outcome handle_fault(struct uffd_engine *engine, const struct deferr
 		outcome = in_line ? fill_in_line(range, page, kind, fault)
 				  : resolve_as_leader(range, page, kind, fault);
 		if (outcome == OUTCOME_DISMISSED) {
-			/* The hold keeps the space. */
-			if (fault->late)
+			/* Its own page may be in place too.  The hold keeps the space. */
+			if (fault->late) {
+				wake_later(fault->late, range->space, page, range->page_size);
 				wake_late(fault->late);
+			}
 			let_go(table, shard, hold);
 			return outcome;
 		}
