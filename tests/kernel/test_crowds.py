@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -102,14 +103,13 @@ def test_all_get_their_content(name: str) -> None:
     run_child(content_arrives, name, budget_s=30)
 
 
-def from_a_file() -> None:
+def from_a_file(path: str) -> None:
     """The last page holds the end of the file."""
-    with handler_of("native") as handler, open("content", "wb+") as file:
+    with handler_of("native") as handler:
         data = content(PAGES * PAGE - 100)
-        file.write(data)
-        file.flush()
+        Path(path).write_bytes(data)
         with Region.anonymous(PAGES * PAGE) as region:
-            handler.serve(region, FileSource("content"))
+            handler.serve(region, FileSource(path))
             handler.start()
             with gathered(handler, region, lambda index: region.read(index * PAGE, 1)) as tasks:
                 pass
@@ -119,8 +119,8 @@ def from_a_file() -> None:
             handler.stop()
 
 
-def test_content_of_a_file() -> None:
-    run_child(from_a_file, budget_s=30)
+def test_content_of_a_file(tmp_path: Path) -> None:
+    run_child(from_a_file, f"{tmp_path}/content", budget_s=30)
 
 
 def woken_together() -> None:
@@ -276,3 +276,31 @@ def dismissed(mode: int) -> None:
 @needs(Feature.POISON | Feature.MINOR_SHMEM | Feature.MISSING_SHMEM)
 def test_a_leader_that_was_dismissed(mode: RegisterMode) -> None:
     run_child(dismissed, int(mode), budget_s=30)
+
+
+def dismissed_writer() -> None:
+    """stop() does not wait for the leader, which has just lifted a protection and woken nobody."""
+    with (
+        Userfaultfd(features=Feature.PAGEFAULT_FLAG_WP) as uffd,
+        Region.anonymous(PAGES * PAGE) as region,
+    ):
+        region.write(0, content(region.length))
+        handler = Handler(uffd)
+        handler.serve(region, None, mode=RegisterMode.WP)
+        handler.start()
+        handler.writeprotect(region)
+        with contextlib.ExitStack() as stack:
+            with gathered(handler, region, lambda index: region.write(index * PAGE, b"n")) as tasks:
+                lifted = stack.enter_context(holding(Point.LIFTED))
+            lifted.wait()
+            with contextlib.suppress(HandlerError):
+                handler.stop(timeout_s=0.5)
+            lifted.release()
+            for task in tasks:
+                task.result()
+        assert region.read()[::PAGE] == b"n" * PAGES
+
+
+@needs(Feature.PAGEFAULT_FLAG_WP)
+def test_a_leader_that_was_dismissed_wakes_its_writer() -> None:
+    run_child(dismissed_writer, budget_s=20)
